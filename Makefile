@@ -1,0 +1,70 @@
+# Needs Python 3.11 or newer, pip and make; a C++ compiler if there is one. Everything else goes into .venv.
+PYTHON ?= $(shell scripts/find_python.sh first)
+NEWEST ?= $(shell scripts/find_python.sh newest)
+PYTEST_ARGS ?= -n 2
+
+# What an installation depends on. Python files are not among them: the install is editable, and the native library
+# is built into embax/kernels/_native.
+INSTALLED := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(shell find third_party -type f)
+
+.PHONY: train test lint native nightly bench wheels wheel-check clean
+
+train: .venv/train.stamp
+	.venv/bin/embax train completejourney
+
+test: lint
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+ifneq ($(NEWEST),)
+	$(MAKE) .venv-newest/test.stamp
+	@.venv-newest/bin/python -c "import sys, jax; print('embax: again on Python', sys.version.split()[0], 'jax', jax.__version__)"
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+else
+	@echo "embax: skipped the tests on the newest jax: no Python newer than $(PYTHON) was found"
+endif
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+native: .venv/test.stamp
+
+nightly: .venv/test.stamp
+	.venv/bin/python -m pytest $(PYTEST_ARGS) -m "slow or nightly"
+
+bench: .venv/test.stamp
+	.venv/bin/python -m benchmarks
+
+wheels: .venv/test.stamp
+	rm -rf build/wheel dist
+	.venv/bin/python -m build --wheel --outdir build/wheel
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+wheel-check:
+	PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" scripts/wheel_check.sh
+
+clean:
+	rm -rf .venv .venv-newest build dist embax/kernels/_native
+
+# $(1): folder, $(2): interpreter. Debian's Python may come without ensurepip: then the outer pip fills the new one.
+define make_venv
+	$(2) -m venv $(1) || { $(2) -m venv --without-pip $(1) && $(2) -m pip --python $(1)/bin/python install pip; }
+endef
+
+.venv/bin/python:
+	$(call make_venv,.venv,$(PYTHON))
+
+.venv-newest/bin/python:
+	$(call make_venv,.venv-newest,$(NEWEST))
+
+.venv/train.stamp: $(INSTALLED) | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable '.[train]'
+	touch $@
+
+.venv/test.stamp: $(INSTALLED) | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@ .venv/train.stamp
+
+.venv-newest/test.stamp: $(INSTALLED) | .venv-newest/bin/python
+	.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@

@@ -1,0 +1,142 @@
+"""Does a training step touch only what its batch touches? Asked of the compiled program itself."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from embax.table_state import TableState
+
+# What may have the shape of a table without moving one: names, and the loops and calls that pass it through.
+_FREE = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "opt-barrier",
+    "domain",
+}
+# One write of the touched rows, in place.
+_WRITES = {"scatter", "dynamic-update-slice", "custom-call"}
+_INSTRUCTION = re.compile(
+    r"^\s*(ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$"
+)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
+_HLO_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What ``check_step`` found.
+
+    Attributes:
+      table_sized: instructions of a table's shape that are neither names nor in-place writes, as ``op name shape``.
+      writes: in-place writes of table-shaped arrays (one for each table and slot is what a step needs).
+      temp_bytes: memory that the program takes besides arguments and results.
+      table_bytes: the tables and slots it was given.
+    """
+
+    table_sized: tuple[str, ...]
+    writes: int
+    temp_bytes: int
+    table_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing table-sized is computed, copied or allocated."""
+        return not self.table_sized
+
+    def __str__(self):
+        verdict = "touches rows only" if self.ok else "works on whole tables"
+        lines = [f"the step {verdict}: {self.writes} in-place writes, {self.temp_bytes:,} bytes of temporaries beside"]
+        lines[0] += f" {self.table_bytes:,} bytes of tables"
+        return "\n".join([*lines, *(f"  {found}" for found in self.table_sized)])
+
+
+def check_step(function: Callable, *args: Any, donate_argnums: int | tuple[int, ...] = (), **kwargs: Any) -> StepReport:
+    """Compiles a training step and reports the operations in it that are as large as a table.
+
+    Nothing runs. A table is any ``TableState`` among the arguments; without one, any two-dimensional array
+    among the donated arguments.
+
+    Args:
+      function: the step, jitted (with its own donation) or plain.
+      *args: arguments it is called with, or ``jax.ShapeDtypeStruct`` of them.
+      **kwargs: likewise.
+      donate_argnums: for a plain function, the arguments to donate (the tables).
+
+    Returns:
+      A StepReport; ``print`` it, or ``assert report.ok``.
+
+    >>> import jax, jax.numpy as jnp, embax
+    >>> state = embax.TableState(jnp.zeros((1000, 4)), ())
+    >>> def dense(state, ids):
+    ...     return embax.TableState(state.table - jnp.zeros_like(state.table).at[ids].add(0.1), ())
+    >>> embax.check_step(dense, state, jnp.array([3, 5]), donate_argnums=0).ok
+    False
+    """
+    jitted = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=donate_argnums)
+    compiled = jitted.lower(*args, **kwargs).compile()
+    arrays = _table_arrays((args, kwargs))
+    if not arrays:
+        chosen = (donate_argnums,) if isinstance(donate_argnums, int) else donate_argnums
+        arrays = [leaf for i in chosen for leaf in jax.tree.leaves(args[i]) if getattr(leaf, "ndim", 0) == 2]
+    if not arrays:
+        raise ValueError(
+            "check_step: there is no TableState among the arguments, and no donated two-dimensional array; pass "
+            "the tables "
+            "as arguments of the step"
+        )
+    shapes = {_hlo_shape(array) for array in arrays}
+    found, writes = _inspect(compiled.as_text() or "", shapes)
+    memory = compiled.memory_analysis()
+    bytes_ = sum(array.size * array.dtype.itemsize for array in arrays)
+    return StepReport(tuple(found), writes, int(getattr(memory, "temp_size_in_bytes", -1)), int(bytes_))
+
+
+def _table_arrays(tree: Any) -> list[Any]:
+    states = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, TableState))
+    return [leaf for state in states if isinstance(state, TableState) for leaf in jax.tree.leaves(state)]
+
+
+def _hlo_shape(array: Any) -> str:
+    dtype = _HLO_DTYPES.get(str(array.dtype), str(array.dtype))
+    return f"{dtype}[{','.join(map(str, array.shape))}]"
+
+
+def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
+    """Returns the offending instructions and the number of in-place writes of an optimized HLO module."""
+    computation, fused = "", _fused_computations(text)
+    roots: dict[str, str] = {}
+    instructions = []
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation = header["name"]
+        elif match := _INSTRUCTION.match(line):
+            if match[1]:
+                roots[computation] = match["op"]
+            instructions.append((computation, match))
+    found, writes = [], 0
+    for computation, match in instructions:
+        shape = match["shape"].partition("{")[0]
+        if computation in fused or shape not in shapes or match["op"] in _FREE:
+            continue
+        op = match["op"]
+        if op == "fusion":
+            called = re.search(r"calls=%?([\w.\-]+)", match["rest"])
+            op = roots.get(called[1], op) if called else op
+        if op in _WRITES:
+            writes += 1
+        elif op not in _FREE:
+            found.append(f"{op} {match['name']} {shape}")
+    return found, writes
+
+
+def _fused_computations(text: str) -> set[str]:
+    """Returns the computations inside fusions: they have no memory of their own, only their root has."""
+    return set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))

@@ -1,0 +1,92 @@
+"""The backends: who does the row work, and why that one.
+
+A backend is a module with the five names of ``Backend``. The registry is explicit and ordered: the first one that is
+available is used. ``EMBAX_BACKEND`` forces one for every plan that does not name its own.
+"""
+
+import importlib
+import os
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from embax.id_batch import StackIds
+from embax.optimizers.base import Optimizer
+from embax.planning import StackPlan
+from embax.row_gradients import RowGradients
+from embax.table_state import TableState
+
+# In order of preference; reference is always available and comes last.
+REGISTRY = {"cpu": "embax.kernels.cpu", "reference": "embax.kernels.reference"}
+
+
+class Backend(Protocol):
+    """What a backend offers: see ``embax.kernels.reference``, which defines the meaning of each."""
+
+    NAME: str
+
+    def unavailable(self) -> str | None:
+        """Returns why this backend cannot run here, or None if it can."""
+        ...
+
+    def gather_pool(self, stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
+        """Returns the activations of a stack."""
+        ...
+
+    def update(
+        self,
+        stack: StackPlan,
+        state: TableState,
+        ids: StackIds,
+        token: jax.Array,
+        gradients: jax.Array,
+        hyper: Any,
+    ) -> TableState:
+        """Returns the state after one step on the rows that ``ids`` touch."""
+        ...
+
+    def apply(self, optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
+        """Returns the state after one step on the rows of ``gradient``."""
+        ...
+
+    def row_gradients(self, stack: StackPlan, ids: StackIds, token: jax.Array, gradients: jax.Array) -> RowGradients:
+        """Returns the gradient of a stack's table."""
+        ...
+
+
+class Choice(NamedTuple):
+    """A backend's name and the reason for it."""
+
+    name: str
+    reason: str
+
+
+def choose(name: str | None = None) -> Choice:
+    """Returns the backend to use, and why.
+
+    Args:
+      name: a plan's own wish, which goes before EMBAX_BACKEND; None for the best one available.
+
+    Raises:
+      ValueError: the wanted backend does not exist or cannot run here.
+    """
+    wanted, wish = (name, "named in the plan") if name else (os.environ.get("EMBAX_BACKEND"), "forced by EMBAX_BACKEND")
+    if wanted:
+        if wanted not in REGISTRY:
+            raise ValueError(f"backend {wanted!r} ({wish}) does not exist; there are {', '.join(REGISTRY)}")
+        why_not = get(wanted).unavailable()
+        if why_not:
+            raise ValueError(f"backend {wanted!r} ({wish}) cannot run here: {why_not}; leave it out, or use reference")
+        return Choice(wanted, wish)
+    reasons = []
+    for candidate in REGISTRY:
+        why_not = get(candidate).unavailable()
+        if why_not is None:
+            return Choice(candidate, "; ".join(reasons) or "the fastest for this platform")
+        reasons.append(f"not {candidate}: {why_not}")
+    raise AssertionError("the reference backend is always available")
+
+
+def get(name: str) -> Backend:
+    """Returns the backend module of that name."""
+    return importlib.import_module(REGISTRY[name])  # type: ignore[return-value]

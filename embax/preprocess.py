@@ -1,0 +1,264 @@
+"""ids -> IdBatch on the host: everything about the input is checked here, and here it can be said.
+
+Nothing is changed before everything is checked. Inside jit, where nothing can be raised, use
+``preprocess_traced``.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embax.combiners import gains_from_weights
+from embax.id_batch import IdBatch, StackIds, Statistics, bucket
+from embax.id_inputs import Flat, flatten
+from embax.planning import FeaturePlan, Plan, StackPlan
+
+
+class Column(NamedTuple):
+    """The ids of one feature, ready for its stack.
+
+    ``values`` are ids of the feature's table, except where ``absent`` (None: none is). ``counts`` are the feature's
+    ``Statistics``.
+    """
+
+    values: np.ndarray
+    absent: np.ndarray | None
+    samples: int
+    lengths: np.ndarray | None
+    valency: int | None
+    gains: np.ndarray | None
+    counts: tuple[int, int, int, int, int]
+
+
+def preprocess(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
+    """Returns the batch that ``lookup`` and ``update`` read, as NumPy arrays.
+
+    Args:
+      plan: what ``embax.plan`` gave.
+      ids: one entry per feature, in the structure of the features: an integer array of the feature's
+        input_shape, lists of integer sequences, ``RaggedIds``, ``CooIds`` or an Arrow column. Any integer
+        width; 64-bit ids are seen whole here, and only here, unless jax_enable_x64 is set. A pooled feature
+        ``(B, n)`` takes ragged samples of any length; only rectangles must be n wide.
+      weights: numbers in the form of the ids, finite in float32, or None for all or for single features. The
+        weight of an id that is absent is not looked at.
+
+    Raises:
+      ValueError: a structure or shape that does not fit, an id outside of the vocabulary, a weight that is
+        not finite; the text names feature, sample and fix.
+      TypeError: ids that are not integers, weights that are not numbers.
+
+    >>> import jax, embax
+    >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="mean",
+    ...     initializer=jax.nn.initializers.ones, optimizer=embax.SGD(0.5))
+    >>> history = embax.FeatureSpec(name="history", table_spec=table, input_shape=(None,), output_shape=(None, 2))
+    >>> batch = embax.preprocess(embax.plan(history), [[5, 3], [], [0]])
+    >>> batch.stacks["item"].offsets.tolist()
+    [[0, 2, 2, 3]]
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"preprocess: a {type(plan).__name__} is not a Plan; call preprocess(plan, ids, weights)"
+        )
+    leaves = plan.flatten(ids, "ids")
+    weight_leaves = [None] * len(leaves) if weights is None else plan.flatten(weights, "weights")
+    columns = [
+        _column(feature, flatten(feature, leaf, weight))
+        for feature, leaf, weight in zip(plan.features, leaves, weight_leaves, strict=True)
+    ]
+    stacks = {
+        stack.name: _stack_ids(plan, stack, [columns[i] for i in stack.features]) for stack in plan.stacks
+    }
+    counts = np.array([c.counts for c in columns], np.int32)
+    return IdBatch(stacks, Statistics(*counts.T[:, None, :]))
+
+
+def _column(feature: FeaturePlan, flat: Flat) -> Column:
+    absent, (present, padding, outside) = _absent(feature, flat)
+    counts = (present, padding, outside, flat.truncated, 0)
+    values, weights, lengths = flat.values, flat.weights, flat.lengths
+    if weights is not None:
+        weights = _checked_weights(feature, flat, absent)
+    if values.dtype == object:
+        values = np.asarray(
+            [0 if gone else value for value, gone in zip(values, absent, strict=True)], np.int64
+        )
+    if absent is not None and lengths is not None:
+        values, weights = values[~absent], None if weights is None else weights[~absent]
+        lengths, absent = _counts(lengths, ~absent), None
+    gains = _gains(feature, flat, lengths, weights, absent)
+    if feature.pooled or lengths is None:
+        return Column(values, absent, flat.samples, lengths, flat.valency, gains, counts)
+    return _one_per_position(values, lengths, gains, counts)
+
+
+def _counts(lengths: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns how many values of each sample are in ``mask``."""
+    totals = np.concatenate([[0], np.cumsum(mask)])
+    ends = np.cumsum(lengths)
+    return totals[ends] - totals[ends - lengths]
+
+
+def _absent(feature: FeaturePlan, flat: Flat) -> tuple[np.ndarray | None, tuple[int, int, int]]:
+    """Returns which values are absent (None: none) and the counts of present, padding and out of range."""
+    values, table, size = flat.values, feature.table, flat.values.size
+    if not size:
+        return None, (0, 0, 0)
+    inside = 0 <= values.min() and values.max() < table.vocabulary_size
+    if inside and feature.padding_id is None:
+        return None, (size, 0, 0)
+    padding = np.zeros(values.shape, bool) if feature.padding_id is None else values == feature.padding_id
+    outside = ((values < 0) | (values >= table.vocabulary_size)) & ~padding
+    n_padding, n_outside = int(padding.sum()), int(outside.sum())
+    if n_outside and feature.out_of_range == "error":
+        raise ValueError(_out_of_range_text(feature, flat, int(np.argmax(outside))))
+    absent = padding | outside if n_padding + n_outside else None
+    return absent, (size - n_padding - n_outside, n_padding, n_outside)
+
+
+def _where(feature: FeaturePlan, flat: Flat, index: int) -> str:
+    """Returns the words that say where value ``index`` stands."""
+    sample, position = divmod(flat.sample_of(index), feature.samples_per_row)
+    at = f", position {position}" if feature.positions else ""
+    return f'feature "{feature.name}", sample {sample}{at}'
+
+
+def _out_of_range_text(feature: FeaturePlan, flat: Flat, index: int) -> str:
+    table, value = feature.table, int(flat.values[index])
+    if value < 0:
+        rule = f"id {value} is negative"
+        fix = f'set padding_id={value} if it means "no id", or out_of_range="drop"'
+    else:
+        rule = f"id {value} >= vocabulary_size {table.vocabulary_size}"
+        fix = 'raise vocabulary_size or set out_of_range="drop"'
+    return f'table "{table.name}": {rule} ({_where(feature, flat, index)}); {fix}'
+
+
+def _checked_weights(feature: FeaturePlan, flat: Flat, absent: np.ndarray | None) -> np.ndarray:
+    """Returns the weights, 0 for ids that are absent; ValueError unless float32 holds them all."""
+    weights = flat.weights
+    assert weights is not None
+    if absent is not None:
+        weights = np.where(absent, weights.dtype.type(0), weights)
+    limit = np.finfo(np.float32).max
+    if weights.size and not (weights.min() >= -limit and weights.max() <= limit):
+        index = int(np.argmax(~(np.abs(weights) <= limit)))
+        raise ValueError(
+            f"{_where(feature, flat, index)}: weight {weights[index]} of id {flat.values[index]} is not a finite "
+            "float32; mend it, or leave the id out"
+        )
+    return weights
+
+
+def _gains(
+    feature: FeaturePlan,
+    flat: Flat,
+    lengths: np.ndarray | None,
+    weights: np.ndarray | None,
+    absent: np.ndarray | None,
+) -> np.ndarray | None:
+    """Returns the gain of every value, or None where all are 1.
+
+    Which of the two is decided by the plan and the form of the input, never by the data: it is static under jit.
+    """
+    combiner, each = feature.table.combiner, flat.valency if lengths is None else lengths
+    if weights is None:
+        if combiner == "sum" or not feature.pooled or flat.valency == 1:
+            return None
+        present = np.full(flat.samples, each) if lengths is None else lengths
+        if absent is not None:
+            present = present - absent.reshape(flat.samples, each).sum(axis=1)
+        # All ids of a sample have one gain: that of an id of weight 1 in a sample whose weights add up to their number.
+        gains = gains_from_weights(combiner, np.ones(flat.samples), lambda _: present, lambda x: x, np)
+        return np.repeat(gains.astype(np.float32), each)
+
+    def sums(w):
+        return w.reshape(flat.samples, each).sum(axis=1) if lengths is None else _ragged_sums(w, lengths)
+
+    gains = gains_from_weights(combiner, weights.astype(np.float64), sums, lambda x: np.repeat(x, each), np)
+    with np.errstate(over="ignore"):
+        gains = gains.astype(np.float32)
+    if not np.isfinite(gains).all():
+        slot = np.repeat(np.arange(flat.samples), each)[np.argmax(~np.isfinite(gains))]
+        raise ValueError(
+            f'table "{feature.table.name}": combiner "{combiner}" divides by a sum of weights so near zero that float32 '
+            f'cannot hold it (feature "{feature.name}", sample {slot // feature.samples_per_row}); mend the weights, or '
+            'use combiner "sum"'
+        )
+    return gains
+
+
+def _ragged_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    sums, full = np.zeros(len(lengths)), lengths > 0
+    if values.size:
+        sums[full] = np.add.reduceat(values, (np.cumsum(lengths) - lengths)[full])
+    return sums
+
+
+def _one_per_position(
+    values: np.ndarray, lengths: np.ndarray, gains: np.ndarray | None, counts: tuple
+) -> Column:
+    """Returns an unpooled sequence as a rectangle of width 1: empty positions are absent."""
+    taken = lengths > 0
+    ids = np.zeros(len(lengths), values.dtype)
+    ids[taken] = values
+    if gains is not None:
+        spread = np.zeros(len(lengths), np.float32)
+        spread[taken] = gains
+        gains = spread
+    return Column(ids, ~taken, len(lengths), None, 1, gains, counts)
+
+
+def _stack_ids(plan: Plan, stack: StackPlan, columns: list[Column]) -> StackIds:
+    """Returns the CSR of a stack, its features one after another."""
+    total, samples = sum(len(c.values) for c in columns), sum(c.samples for c in columns)
+    capacity = _capacity(plan, stack, columns)
+    if capacity >= 2**31:
+        raise ValueError(
+            f'stack "{stack.name}": {total} ids in a batch (capacity {capacity}), and at most 2**31 - 1 are possible; '
+            "split the batch"
+        )
+    ids, offsets = np.empty((1, capacity), np.int32), np.zeros((1, samples + 1), np.int32)
+    gains = np.ones((1, capacity), np.float32) if any(c.gains is not None for c in columns) else None
+    at = sample = 0
+    for index, column in zip(stack.features, columns, strict=True):
+        end, last = at + len(column.values), sample + column.samples
+        rows = ids[0, at:end]
+        rows[...] = column.values
+        rows += plan.features[index].table.row_offset
+        if column.absent is not None:
+            rows[column.absent] = stack.rows
+        if gains is not None and column.gains is not None:
+            gains[0, at:end] = column.gains
+        lengths = column.valency if column.lengths is None else column.lengths
+        ends = np.arange(1, column.samples + 1) * lengths if column.lengths is None else np.cumsum(lengths)
+        offsets[0, sample + 1 : last + 1] = ends + at
+        at, sample = end, last
+    ids[0, at:] = stack.rows
+    if gains is not None:
+        gains[0, at:] = 0.0
+    return StackIds(
+        ids=ids,
+        offsets=offsets,
+        gains=gains,
+        samples=tuple(c.samples for c in columns),
+        valencies=tuple(c.valency for c in columns),
+    )
+
+
+def _capacity(plan: Plan, stack: StackPlan, columns: list[Column]) -> int:
+    """Returns the ids that the stack's arrays hold: dense and declared exactly, the rest in one bucket."""
+    fixed, free = 0, None
+    for index, column in zip(stack.features, columns, strict=True):
+        feature, count = plan.features[index], len(column.values)
+        if column.valency is not None:
+            fixed += count
+        elif feature.capacity is None:
+            free = (free or 0) + count
+        elif count > feature.capacity:
+            raise ValueError(
+                f'feature "{feature.name}": {count} ids in one batch, and plan(capacity=...) declares '
+                f"{feature.capacity}; declare more, or split the batch"
+            )
+        else:
+            fixed += feature.capacity
+    return fixed + (0 if free is None else bucket(free))

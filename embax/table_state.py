@@ -1,0 +1,250 @@
+"""Tables and their slot variables: made block by block, in place, and seen table by table.
+
+Law: the initial rows of a table depend on the key, the table's name and its initializer, on nothing else.
+Block b of a table is ``initializer(fold_in(table_key, b), (65_536, embedding_dim), dtype)``, where table_key is the
+key folded with the table's name; a table keeps its first rows when its vocabulary grows, and no other table,
+stack or device moves them.
+"""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from embax.optimizers.base import Optimizer, map_slots
+from embax.planning import Plan, StackPlan, TablePlan
+
+BLOCK_ROWS = 65_536
+
+
+class TableState(NamedTuple):
+    """A stack's rows ``[rows, embedding_dim]`` and the slot variables beside them, by name."""
+
+    table: Any
+    slots: Any
+
+
+def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
+    """Returns fresh tables and slot variables, ``{stack name: TableState}``.
+
+    Peak memory is the tables and one block. Works inside jit too.
+
+    Args:
+      plan: what ``embax.plan`` gave.
+      key: from ``jax.random.key``.
+
+    Raises:
+      ValueError: an initializer whose scale depends on the number of rows; such values would change with
+        the vocabulary.
+
+    >>> import jax, embax
+    >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
+    ...     initializer=jax.nn.initializers.normal(1.0), optimizer=embax.Adagrad(0.5))
+    >>> history = embax.FeatureSpec(name="history", table_spec=table, input_shape=(None, 3), output_shape=(None, 2))
+    >>> embax.init(embax.plan(history), jax.random.key(0))["item"].slots.accumulator.shape
+    (6, 2)
+    """
+    state = {}
+    for stack in plan.stacks:
+        exact = [_has_exact_tail(stack, table, key) for table in stack.tables]
+        shape = (stack.rows, stack.embedding_dim)
+        values = jnp.zeros(shape, stack.dtype)
+        for table, exact_tail in zip(stack.tables, exact, strict=True):
+            values = _filled(values, table_key(key, table.name), table, exact_tail)
+        state[stack.name] = init_slots(stack.optimizer, values)
+    return state
+
+
+def table_key(key: jax.Array, name: str) -> jax.Array:
+    """Returns the key of the table of that name: ``key`` folded with a checksum of the name."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def init_slots(optimizer: Optimizer, table: jax.Array) -> TableState:
+    """Returns ``table``, a plain ``[V, D]`` array, with fresh slot variables for ``optimizer``.
+
+    >>> import jax.numpy as jnp, embax
+    >>> embax.init_slots(embax.RowwiseAdagrad(0.5), jnp.ones((6, 2))).slots.accumulator.shape
+    (6, 1)
+    """
+    if jnp.ndim(table) != 2:
+        raise ValueError(
+            f"init_slots: the table has shape {jnp.shape(table)}; it must be [vocabulary_size, embedding_dim]"
+        )
+    return TableState(table, map_slots(lambda slot: slot.full(table.shape), optimizer.slots()))
+
+
+def _filled(values: jax.Array, key: jax.Array, table: TablePlan, exact_tail: bool) -> jax.Array:
+    """Returns ``values`` with the rows of ``table`` initialized, block by block, in place.
+
+    The initializer is called from Python, one block at a time: its programs are then compiled once for all tables.
+    Inside jit, where unrolling would write every block into the program, a loop does the same.
+    """
+    whole, tail = divmod(table.vocabulary_size, BLOCK_ROWS)
+
+    def write(index, values):
+        block = _made(table.initializer, jax.random.fold_in(key, index), BLOCK_ROWS, values)
+        return _write(values, block, table.row_offset + index * BLOCK_ROWS, BLOCK_ROWS)
+
+    if whole and isinstance(key, Tracer):
+        values = jax.lax.fori_loop(0, whole, write, values)
+    else:
+        for index in range(whole):
+            # Waiting keeps the blocks that are under way from piling up.
+            values = jax.block_until_ready(write(index, values))
+    if tail:
+        # Sizes are rounded up to a power of two, so that tables of all sizes share a few programs.
+        rows = 1 << (tail - 1).bit_length() if exact_tail else BLOCK_ROWS
+        block = _made(table.initializer, jax.random.fold_in(key, whole), rows, values)
+        values = _write(values, block, table.row_offset + whole * BLOCK_ROWS, tail)
+    return values
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
+    """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``."""
+    window = min(block.shape[0], values.shape[0])
+    start = jnp.minimum(first, values.shape[0] - window)
+    source = start - first + jnp.arange(window)
+    old = jax.lax.dynamic_slice(values, (start, 0), (window, values.shape[1]))
+    mine = ((source >= 0) & (source < count))[:, None]
+    new = jnp.where(mine, jnp.take(block, source, axis=0, mode="clip"), old)
+    return jax.lax.dynamic_update_slice(values, new, (start, 0))
+
+
+def _made(initializer: Any, key: jax.Array, rows: int, values: jax.Array) -> jax.Array:
+    shape = (rows, values.shape[1])
+    made = initializer(key, shape, values.dtype)
+    if made.shape != shape or made.dtype != values.dtype:
+        raise ValueError(
+            f"initializer {initializer!r} gave {made.dtype}{made.shape} for {values.dtype}{shape}; it must return "
+            "an array "
+            "of the shape and dtype it is called with"
+        )
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _prefix_stable(initializer: Any, dim: int, dtype: str, impl: str, partitionable: bool) -> bool:
+    """Returns whether fewer rows are the first rows of more rows, for this initializer and generator."""
+    with jax.ensure_compile_time_eval(), jax.threefry_partitionable(partitionable):
+        key = jax.random.key(0, impl=impl)
+        short, long = (np.asarray(initializer(key, (n, dim), dtype), np.float32) for n in (16, 48))
+    return short.shape == (16, dim) and np.array_equal(short, long[:16], equal_nan=True)
+
+
+def _has_exact_tail(stack: StackPlan, table: TablePlan, key: jax.Array) -> bool:
+    """Returns whether the last block may be made of its own rows only; else it is made whole and cut.
+
+    Counter-based generators give fewer rows as the first of more rows. If threefry does not, that is the
+    initializer's own doing, and it is refused; another generator has its last block made whole.
+    """
+    args = (table.initializer, stack.embedding_dim, stack.dtype)
+    impl = str(jax.random.key_impl(key))
+    if _prefix_stable(*args, impl, bool(jax.config.jax_threefry_partitionable)):  # type: ignore[attr-defined]
+        return True
+    if not _prefix_stable(*args, "threefry2x32", True):
+        name = getattr(table.initializer, "__qualname__", repr(table.initializer))
+        raise ValueError(
+            f'table "{table.name}": the values of initializer {name} depend on the number of rows (a fan over '
+            "vocabulary_size, or rows made together); they would change with the vocabulary. Use one of fixed "
+            "scale, such "
+            "as jax.nn.initializers.normal(stddev) or uniform(scale), or embax.from_arrays for given values"
+        )
+    return False
+
+
+def to_arrays(plan: Plan, tables: Mapping[str, TableState]) -> dict[str, dict[str, jax.Array]]:
+    """Returns every table by its own name: ``{table: {"table": [V, D], slot name: [V, D] or [V, 1]}}``.
+
+    >>> import jax, embax
+    >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
+    ...     initializer=jax.nn.initializers.ones, optimizer=embax.Adagrad(0.5))
+    >>> plan = embax.plan(embax.FeatureSpec(name="x", table_spec=table, input_shape=(None,), output_shape=(None, 2)))
+    >>> sorted(embax.to_arrays(plan, embax.init(plan, jax.random.key(0)))["item"])
+    ['accumulator', 'table']
+    """
+    check_tables(plan, tables)
+    arrays = {}
+    for stack in plan.stacks:
+        state = tables[stack.name]
+        for table in stack.tables:
+            rows = slice(table.row_offset, table.row_offset + table.vocabulary_size)
+            named = zip(slot_names(stack.optimizer), state.slots, strict=True)
+            arrays[table.name] = {"table": state.table[rows], **{name: slot[rows] for name, slot in named}}
+    return arrays
+
+
+def from_arrays(plan: Plan, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, TableState]:
+    """Returns the tables of ``plan`` with the given values; the inverse of ``to_arrays``.
+
+    Args:
+      plan: what ``embax.plan`` gave.
+      arrays: ``{table: {"table": [V, D], slot name: array}}``; slots left out start fresh.
+
+    Raises:
+      ValueError: a table is missing or unknown, a slot is unknown, or a shape does not fit.
+    """
+    known = {table.name: (stack, table) for stack in plan.stacks for table in stack.tables}
+    if set(arrays) != set(known):
+        raise ValueError(f"from_arrays: the plan has tables {sorted(known)}, and arrays are given for {sorted(arrays)}")
+    state = {}
+    for stack in plan.stacks:
+        slots = dict(zip(slot_names(stack.optimizer), stack.optimizer.slots(), strict=True))
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("table", *slots)}
+        for table in stack.tables:
+            given = arrays[table.name]
+            unknown = set(given) - set(parts)
+            if unknown or "table" not in given:
+                raise ValueError(
+                    f'from_arrays: table "{table.name}" has parts {sorted(given)}; it takes "table" and of its '
+                    "optimizer "
+                    f"{sorted(slots)}"
+                )
+            shape = (table.vocabulary_size, stack.embedding_dim)
+            for name, collected in parts.items():
+                wanted = shape if name == "table" else slots[name].shape(shape)
+                dtype = stack.dtype if name == "table" else slots[name].dtype
+                value = given[name] if name in given else np.full(wanted, slots[name].initial_value)
+                if np.shape(value) != wanted:
+                    raise ValueError(
+                        f'from_arrays: {name} of table "{table.name}" has shape {np.shape(value)}; it must be {wanted}'
+                    )
+                collected.append(np.asarray(value).astype(jnp.dtype(dtype)))
+        joined = {name: jnp.asarray(np.concatenate(values)) for name, values in parts.items()}
+        values = joined.pop("table")
+        state[stack.name] = TableState(values, _like(stack.optimizer, list(joined.values())))
+    return state
+
+
+def slot_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """Returns the names of the optimizer's slot variables; unnamed ones are slot_0, slot_1, ..."""
+    slots = optimizer.slots()
+    return tuple(getattr(slots, "_fields", (f"slot_{i}" for i in range(len(slots)))))
+
+
+def _like(optimizer: Optimizer, values: list) -> Any:
+    remaining = iter(values)
+    return map_slots(lambda _: next(remaining), optimizer.slots())
+
+
+def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
+    """Raises ValueError unless ``tables`` are those of ``plan``, by name and shape."""
+    names = {stack.name for stack in plan.stacks}
+    if set(tables) != names:
+        raise ValueError(
+            f"the plan has stacks {sorted(names)}, and the tables given are {sorted(tables)}; pass what init returned"
+        )
+    for stack in plan.stacks:
+        shape = jnp.shape(tables[stack.name].table)
+        if shape != (stack.rows, stack.embedding_dim):
+            raise ValueError(
+                f'stack "{stack.name}": the table has shape {shape}, and the plan says '
+                f"{(stack.rows, stack.embedding_dim)}; "
+                "pass the tables that init made for this plan"
+            )

@@ -1,0 +1,1 @@
+"""Work done with embax: data, models, training loops. Needs the ``train`` extra, ``pip install 'embax[train]'``."""

@@ -1,0 +1,164 @@
+"""activation gradients -> tables: ``lookup`` in a mirror."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from embax import kernels
+from embax.lookup import Residuals, activation_shape
+from embax.optimizers.base import Optimizer
+from embax.planning import Plan, StackPlan
+from embax.row_gradients import RowGradients, check_rows
+from embax.table_state import TableState, check_tables
+
+
+def update(
+    plan: Plan, tables: Mapping[str, TableState], residuals: Residuals, gradients: Any, step: Any = None
+) -> dict[str, TableState]:
+    """Returns the tables after one optimizer step on every row that the batch touched.
+
+    Law: the gain-weighted gradients of every occurrence of a row are added up over the batch, then the row takes one
+    step of its optimizer. No other row, and none of its slots, moves by a bit. In place where ``tables`` are donated.
+
+    Args:
+      plan: what ``embax.plan`` gave.
+      tables: those that were looked up in.
+      residuals: from ``lookup``.
+      gradients: of the loss with respect to the activations, in their structure and shapes.
+      step: int or int32 scalar counted from 0, for schedules and bias correction.
+
+    Raises:
+      ValueError: a structure or shape that does not fit, or a schedule without a step.
+
+    >>> import jax, jax.numpy as jnp, embax
+    >>> table = embax.TableSpec(name="item", vocabulary_size=3, embedding_dim=1, combiner="sum",
+    ...     initializer=jax.nn.initializers.ones, optimizer=embax.SGD(0.5))
+    >>> plan = embax.plan(embax.FeatureSpec(name="x", table_spec=table, input_shape=(None,), output_shape=(None, 1)))
+    >>> tables = embax.init(plan, jax.random.key(0))
+    >>> _, residuals = embax.lookup(plan, tables, embax.preprocess(plan, [[2, 0], [2]]))
+    >>> embax.update(plan, tables, residuals, jnp.array([[1.0], [10.0]]), step=0)["item"].table.ravel().tolist()
+    [0.5, 1.0, -4.5]
+    """
+    _check(plan, tables, residuals)
+    leaves = _checked_gradients(plan, residuals, gradients)
+    return _update(plan, kernels.choose(plan.backend).name, dict(tables), residuals, leaves, step)
+
+
+def row_gradients(plan: Plan, residuals: Residuals, gradients: Any) -> dict[str, RowGradients]:
+    """Returns the gradient of every stack's table as rows, ``{stack: RowGradients}``, to clip, add, inspect or apply.
+
+    Args as ``update``.
+    """
+    if not isinstance(residuals, Residuals):
+        raise TypeError(f"row_gradients: a {type(residuals).__name__} is not the Residuals that lookup returned")
+    leaves = _checked_gradients(plan, residuals, gradients)
+    return _row_gradients(plan, kernels.choose(plan.backend).name, residuals, leaves)
+
+
+def apply_row_gradients(
+    plan: Plan, tables: Mapping[str, TableState], gradients: Mapping[str, RowGradients], step: Any = None
+) -> dict[str, TableState]:
+    """Returns the tables after one optimizer step on the rows of ``gradients``; stacks left out do not move.
+
+    ``update`` does this after ``row_gradients`` without storing the gradients in between; the two agree up to rounding.
+
+    Raises:
+      ValueError: a stack that the plan does not have, or gradients of another table.
+      TypeError: gradients whose rows are no integers (a tree.map went over them).
+    """
+    check_tables(plan, tables)
+    for name, gradient in gradients.items():
+        stack = plan.stack(name)
+        check_rows(gradient, f'stack "{name}"')
+        if gradient.vocabulary_size != stack.rows or gradient.values.shape[1:] != (stack.embedding_dim,):
+            raise ValueError(
+                f'stack "{name}": gradients are of a table [{gradient.vocabulary_size}, '
+                f"{gradient.values.shape[1:]}], and the "
+                f"stack is [{stack.rows}, {stack.embedding_dim}]"
+            )
+    return _apply(plan, kernels.choose(plan.backend).name, dict(tables), dict(gradients), step)
+
+
+def apply_rows(optimizer: Optimizer, state: TableState, gradient: RowGradients, step: Any = None) -> TableState:
+    """Returns a bare table's state (``init_slots``) after one step on the rows of ``gradient``; no plan needed.
+
+    >>> import jax.numpy as jnp, embax
+    >>> state = embax.init_slots(embax.SGD(0.5), jnp.ones((3, 1)))
+    >>> gradient = embax.take_gradient(jnp.array([[2, 0], [2, 2]]), jnp.ones((2, 2, 1)), vocabulary_size=3)
+    >>> embax.apply_rows(embax.SGD(0.5), state, gradient).table.ravel().tolist()
+    [0.5, 1.0, -0.5]
+    """
+    check_rows(gradient, "apply_rows")
+    if state.table.shape != (gradient.vocabulary_size, gradient.values.shape[-1]):
+        raise ValueError(
+            f"apply_rows: the table has shape {state.table.shape}, and the gradient is of a table "
+            f"{(gradient.vocabulary_size, gradient.values.shape[-1])}"
+        )
+    return _apply_one(optimizer, kernels.choose().name, state, gradient, step)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update(plan, backend, tables, residuals, leaves, step):
+    kernel, new = kernels.get(backend), {}
+    for stack, ids, token, gradients in _parts(plan, residuals, leaves):
+        hyper = _hyper(stack.optimizer, step)
+        new[stack.name] = kernel.update(stack, tables[stack.name], ids, token, gradients, hyper)
+    return new
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _row_gradients(plan, backend, residuals, leaves):
+    kernel = kernels.get(backend)
+    return {stack.name: kernel.row_gradients(stack, *rest) for stack, *rest in _parts(plan, residuals, leaves)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(plan, backend, tables, gradients, step):
+    kernel, new = kernels.get(backend), dict(tables)
+    for name, gradient in gradients.items():
+        optimizer = plan.stack(name).optimizer
+        new[name] = kernel.apply(optimizer, tables[name], gradient, _hyper(optimizer, step))
+    return new
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_one(optimizer, backend, state, gradient, step):
+    return kernels.get(backend).apply(optimizer, state, gradient, _hyper(optimizer, step))
+
+
+def _hyper(optimizer: Optimizer, step: Any) -> tuple:
+    return optimizer.modifiers(step), optimizer.hyperparameters(step)
+
+
+def _parts(plan: Plan, residuals: Residuals, leaves: list[jax.Array]):
+    """Yields (stack, ids, token, float32 gradients of all its samples)."""
+    for stack in plan.stacks:
+        ids = residuals.batch.stacks[stack.name].shard(0)
+        parts = [leaves[i].reshape(-1, stack.embedding_dim).astype(jnp.float32) for i in stack.features]
+        yield stack, ids, residuals.tokens[stack.name], jnp.concatenate(parts)
+
+
+def _check(plan: Plan, tables: Mapping[str, TableState], residuals: Residuals) -> None:
+    check_tables(plan, tables)
+    if not isinstance(residuals, Residuals):
+        raise TypeError(f"update: a {type(residuals).__name__} is not the Residuals that lookup returned")
+
+
+def _checked_gradients(plan: Plan, residuals: Residuals, gradients: Any) -> list[jax.Array]:
+    leaves = plan.flatten(gradients, "activation gradients")
+    for stack in plan.stacks:
+        for index, samples in zip(stack.features, residuals.batch.stacks[stack.name].samples, strict=True):
+            _check_shape(stack, plan.features[index], samples, leaves[index])
+    return leaves
+
+
+def _check_shape(stack: StackPlan, feature: Any, samples: int, leaf: Any) -> None:
+    wanted = activation_shape(stack, feature, samples)
+    if not hasattr(leaf, "shape") or leaf.shape != wanted or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        shown = f"{leaf.dtype}{leaf.shape}" if hasattr(leaf, "shape") else repr(leaf)
+        raise ValueError(
+            f'feature "{feature.name}": the activation gradient is {shown}; it must be floating point of shape {wanted}'
+        )

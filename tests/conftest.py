@@ -1,0 +1,29 @@
+"""Every test runs on 8 fake CPU devices, with strict dtype promotion and rank promotion refused."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "embax", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("embax")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each backend that can run here; the reference always, the native one where it is built."""
+    from embax import kernels
+
+    why_not = kernels.get(request.param).unavailable()
+    if why_not:
+        pytest.skip(f"backend {request.param}: {why_not}")
+    return request.param

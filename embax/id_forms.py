@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-MUST_BE = {
-    "ids": "they must be integers, and are not rounded or cast silently (use .astype(numpy.int32) if they are whole "
-    "numbers)",
-    "weights": "they must be numbers, floating point or integers",
+FORMS = {
+    "ids": "an integer array, a list of sequences, embax.RaggedIds, embax.CooIds (a whole feature) or an Arrow array",
+    "weights": "numbers in the form of the ids, or one flat array beside RaggedIds and CooIds",
 }
 
 
@@ -48,9 +47,7 @@ class RaggedIds:
             return cls(values, jax.numpy.concatenate([jax.numpy.zeros(1, np.int32), ends]))
         lengths = column(lengths, Subject("", "lengths"))
         if lengths.size and lengths.min() < 0:
-            raise ValueError(
-                f"RaggedIds: lengths[{lengths.argmin()}] is {lengths.min()}; a length is 0 or more"
-            )
+            raise ValueError(f"RaggedIds: lengths[{lengths.argmin()}] is {lengths.min()}; a length is 0 or more")
         return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
 
@@ -104,6 +101,7 @@ class Nested(NamedTuple):
 
 
 Place = Callable[[int], str]
+Words = Callable[[], str]
 
 
 def read(leaf: Any, depth: int, subject: Subject) -> Nested:
@@ -113,7 +111,7 @@ def read(leaf: Any, depth: int, subject: Subject) -> Nested:
     [2, 0, 1]
     """
     words = functools.partial(str, subject)
-    leaf = _plain(leaf, words)
+    leaf = _plain(leaf, subject.what, words)
     if isinstance(leaf, np.ndarray):
         return Nested(_numbers(leaf.reshape(-1), subject.what, words), leaf.shape, [])
     levels: list[np.ndarray] = []
@@ -124,19 +122,13 @@ def read(leaf: Any, depth: int, subject: Subject) -> Nested:
         if isinstance(leaf, RaggedIds):
             lengths, leaf = _split_lengths(leaf.splits, subject), leaf.values
         else:
-            lengths, leaf = _peel(leaf, place, words)
+            lengths, leaf = _peel(leaf, subject.what, place, words)
         if level:
-            _check_end(
-                levels[-1], len(lengths), f"{subject}", "lists within; the last split must be their number"
-            )
+            _check_end(levels[-1], len(lengths), f"{subject}", "lists within; the last split must be their number")
         levels.append(lengths)
-        leaf = _plain(leaf, words)
+        leaf = _plain(leaf, subject.what, words)
     values = _values(leaf, subject.what, place, words)
-    fix = (
-        "give every id one weight"
-        if subject.what == "weights"
-        else "the last split must be the number of values"
-    )
+    fix = "give every id one weight" if subject.what == "weights" else "the last split must be the number of values"
     _check_end(levels[-1], len(values), f"{subject}", f"values; {fix}")
     return Nested(values, None, levels)
 
@@ -144,7 +136,7 @@ def read(leaf: Any, depth: int, subject: Subject) -> Nested:
 def column(leaf: Any, subject: Subject) -> np.ndarray:
     """Returns the numbers of ``leaf``, which has one dimension."""
     words = functools.partial(str, subject)
-    return _values(_plain(leaf, words), subject.what, lambda _: words(), words)
+    return _values(_plain(leaf, subject.what, words), subject.what, lambda _: words(), words)
 
 
 def is_flat(leaf: Any) -> bool:
@@ -154,11 +146,7 @@ def is_flat(leaf: Any) -> bool:
         return first is not None and not _is_sequence(first)
     if _is_arrow(leaf):
         return not _is_arrow_list(leaf)
-    return (
-        not isinstance(leaf, (RaggedIds, CooIds))
-        and np.ndim(leaf) == 1
-        and np.asarray(leaf).dtype.kind != "O"
-    )
+    return not isinstance(leaf, (RaggedIds, CooIds)) and np.ndim(leaf) == 1 and np.asarray(leaf).dtype.kind != "O"
 
 
 def _check_end(lengths: np.ndarray, count: int, owner: str, rule: str) -> None:
@@ -169,7 +157,7 @@ def _check_end(lengths: np.ndarray, count: int, owner: str, rule: str) -> None:
 # ---- forms -------------------------------------------------------------------------------------------------
 
 
-def _plain(leaf: Any, words: Callable[[], str]) -> Any:
+def _plain(leaf: Any, what: str, words: Words) -> Any:
     """Returns ``leaf`` as a list or tuple, RaggedIds, an Arrow array or a NumPy array without objects; else raises."""
     if isinstance(leaf, (list, tuple, RaggedIds)) or (type(leaf) is np.ndarray and leaf.dtype.kind != "O"):
         return leaf
@@ -181,29 +169,22 @@ def _plain(leaf: Any, words: Callable[[], str]) -> Any:
         return leaf.combine_chunks() if hasattr(leaf, "num_chunks") else leaf
     if not hasattr(leaf, "__array__"):
         shown = "missing (None)" if leaf is None else f"of type {type(leaf).__name__}"
-        raise TypeError(
-            f"{words()} are {shown}; give an integer array, a list of sequences, embax.RaggedIds, embax.CooIds "
-            "(for a whole feature) or an Arrow array"
-        )
+        raise TypeError(f"{words()} are {shown}; give {FORMS.get(what, 'a flat array of integers')}")
     try:
         array = np.asarray(leaf)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{words()} are of type {type(leaf).__name__}, which NumPy cannot read: {error}"
-        ) from None
+        raise TypeError(f"{words()} are of type {type(leaf).__name__}, which NumPy cannot read: {error}") from None
     return array.tolist() if array.dtype == object and array.ndim else array
 
 
 def _is_sequence(entry: Any) -> bool:
-    return (
-        isinstance(entry, (list, tuple, range, RaggedIds, CooIds)) or _is_arrow(entry) or np.ndim(entry) > 0
-    )
+    return isinstance(entry, (list, tuple, range, RaggedIds, CooIds)) or _is_arrow(entry) or np.ndim(entry) > 0
 
 
-def _peel(leaf: Any, place: Place, words: Callable[[], str]) -> tuple[np.ndarray, Any]:
+def _peel(leaf: Any, what: str, place: Place, words: Words) -> tuple[np.ndarray, Any]:
     """Takes off the outermost level of nesting: returns its lengths, and its entries one after another."""
     if isinstance(leaf, (list, tuple)):
-        return _peel_rows(leaf, place)
+        return _peel_rows(leaf, what, place)
     if isinstance(leaf, np.ndarray) and leaf.ndim > 1:
         return np.full(leaf.shape[0], leaf.shape[1]), leaf.reshape(-1, *leaf.shape[2:])
     if _is_arrow(leaf) and _is_arrow_list(leaf):
@@ -211,19 +192,15 @@ def _peel(leaf: Any, place: Place, words: Callable[[], str]) -> tuple[np.ndarray
     if not len(leaf):
         return np.zeros(0, np.int64), leaf
     shown = f"{leaf.dtype}{leaf.shape}" if isinstance(leaf, np.ndarray) else f"a column of type {leaf.type}"
-    raise ValueError(
-        f"{words()} hold {shown} where the feature's shapes ask for one more level of nesting; add one"
-    )
+    raise ValueError(f"{words()} hold {shown} where the feature's shapes ask for one more level of nesting; add one")
 
 
-def _peel_rows(rows: Sequence[Any], place: Place) -> tuple[np.ndarray, Any]:
+def _peel_rows(rows: Sequence[Any], what: str, place: Place) -> tuple[np.ndarray, Any]:
     if not set(map(type, rows)) <= {list, tuple}:
-        rows = [row if _is_vector(row) else _row(row, index, place) for index, row in enumerate(rows)]
+        rows = [row if _is_vector(row) else _row(row, index, what, place) for index, row in enumerate(rows)]
         arrays = [row for row in rows if isinstance(row, np.ndarray) and row.size]
         # Vectors of one kind of numbers are joined as they are; any mixture is judged number by number.
-        if len({(a.dtype.kind, a.ndim) for a in arrays}) == 1 and sum(map(len, rows)) == sum(
-            map(len, arrays)
-        ):
+        if len({(a.dtype.kind, a.ndim) for a in arrays}) == 1 and sum(map(len, rows)) == sum(map(len, arrays)):
             lengths = np.fromiter(map(len, rows), np.int64, len(rows))
             return lengths, np.concatenate(arrays) if arrays[0].ndim == 1 else list(itertools.chain(*arrays))
         rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
@@ -235,7 +212,7 @@ def _is_vector(row: Any) -> bool:
     return type(row) is np.ndarray and row.ndim == 1 and row.dtype.kind != "O"
 
 
-def _row(row: Any, index: int, place: Place) -> Any:
+def _row(row: Any, index: int, what: str, place: Place) -> Any:
     """Returns one row as a list, a tuple or a NumPy array of at least one dimension; None is an empty row."""
     if row is None:
         return ()
@@ -245,7 +222,7 @@ def _row(row: Any, index: int, place: Place) -> Any:
         raise ValueError(
             f"{place(index)} are {_shown(row)}, and a sequence of numbers is expected there (None if empty)"
         )
-    row = _plain(row, lambda: place(index))
+    row = _plain(row, what, lambda: place(index))
     if isinstance(row, RaggedIds):
         raise TypeError(f"{place(index)} are RaggedIds in a list; make one RaggedIds of the whole list")
     return row.to_pylist() if _is_arrow(row) else row
@@ -268,7 +245,7 @@ def _split_lengths(splits: Any, subject: Subject) -> np.ndarray:
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 
-def _values(leaf: Any, what: str, place: Place, words: Callable[[], str]) -> np.ndarray:
+def _values(leaf: Any, what: str, place: Place, words: Words) -> np.ndarray:
     """Returns the numbers of ``leaf``, which ``_plain`` gave, as an array of one dimension."""
     if isinstance(leaf, (list, tuple)):
         return _listed(leaf, what, place)
@@ -285,9 +262,7 @@ def _listed(values: Sequence[Any], what: str, place: Place) -> np.ndarray:
     odd = _odd_types(values, what)
     if odd and not any(issubclass(kind, jax.core.Tracer) for kind in odd):
         # Arrays of no dimension and scalars of other libraries count as the Python number they hold.
-        values = [
-            v.item() if type(v) in odd and hasattr(v, "item") and np.ndim(v) == 0 else v for v in values
-        ]
+        values = [v.item() if type(v) in odd and hasattr(v, "item") and np.ndim(v) == 0 else v for v in values]
         odd = _odd_types(values, what)
     if odd:
         index, value = next((i, v) for i, v in enumerate(values) if type(v) in odd)
@@ -295,7 +270,7 @@ def _listed(values: Sequence[Any], what: str, place: Place) -> np.ndarray:
             raise TypeError(f"{place(index)} hold a traced value; inside jit use embax.preprocess_traced")
         if _is_sequence(value):
             raise _too_deep(place(index), value)
-        raise TypeError(f"{place(index)} hold {_shown(value)}, a {type(value).__name__}; {_must_be(what)}")
+        raise TypeError(f"{place(index)} hold {_shown(value)}, a {type(value).__name__}; {_rule(what, type(value))}")
     if not values:
         return np.zeros(0, np.int64)
     try:
@@ -311,7 +286,7 @@ def _odd_types(values: Sequence[Any], what: str) -> set[type]:
     return {kind for kind in set(map(type, values)) if kind is bool or not issubclass(kind, good)}
 
 
-def _numbers(array: np.ndarray, what: str, words: Callable[[], str]) -> np.ndarray:
+def _numbers(array: np.ndarray, what: str, words: Words) -> np.ndarray:
     """Returns ``array`` after a check of its dtype; an array without values has none worth checking."""
     if not array.size:
         return np.zeros(array.shape, np.int64)
@@ -321,23 +296,32 @@ def _numbers(array: np.ndarray, what: str, words: Callable[[], str]) -> np.ndarr
         return array.astype(np.int64)  # int4 and its like
     if what == "weights" and jax.numpy.issubdtype(array.dtype, np.floating):
         return array.astype(np.float32)  # bfloat16 and its like
-    raise TypeError(f"{words()} are {array.dtype}; {_must_be(what)}")
+    raise TypeError(f"{words()} are {array.dtype}; {_rule(what, array.dtype)}")
 
 
-def _must_be(what: str) -> str:
-    return MUST_BE.get(what, "they must be integers")
+def _rule(what: str, kind: Any) -> str:
+    """Returns what values must be, and what to do about ``kind``, a type or dtype that is something else."""
+    if kind is type(None):
+        return "drop it (None stands for a whole sample that is empty)"
+    if what == "weights":
+        return "they must be floating point or integers"
+    rule = "they must be integers, and nothing is rounded or cast silently"
+    numeric = kind in (bool, float) or getattr(kind, "kind", "") in tuple("bf")
+    return (
+        f"{rule}; use .astype(numpy.int32) if they are whole numbers"
+        if numeric
+        else f"{rule}; map them to integers first"
+    )
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = f"a column of type {value.type}" if _is_arrow(value) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _too_deep(owner: str, entry: Any) -> ValueError:
     shown = _shown(entry.tolist() if isinstance(entry, np.ndarray) else entry)
-    return ValueError(
-        f"{owner} hold {shown}, nested more deeply than the feature's shapes say; take out a level"
-    )
+    return ValueError(f"{owner} hold {shown}, nested more deeply than the feature's shapes say; take out a level")
 
 
 # ---- Arrow -------------------------------------------------------------------------------------------------
@@ -361,7 +345,7 @@ def _peel_arrow(array: Any) -> tuple[np.ndarray, Any]:
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64), array.flatten()
 
 
-def _arrow_values(array: Any, what: str, place: Place, words: Callable[[], str]) -> np.ndarray:
+def _arrow_values(array: Any, what: str, place: Place, words: Words) -> np.ndarray:
     if array.null_count:
         index = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
         raise ValueError(
@@ -369,7 +353,6 @@ def _arrow_values(array: Any, what: str, place: Place, words: Callable[[], str])
         )
     numbers = str(array.type).lstrip("u").startswith(("int", "float", "halffloat", "double", "bool", "null"))
     if not numbers:
-        raise TypeError(
-            f"{words()} are of Arrow type {array.type}; {_must_be(what)} (decode or cast the column)"
-        )
+        rule = _rule(what, array.type)
+        raise TypeError(f"{words()} are of Arrow type {array.type}; {rule} (decode or cast the column)")
     return _numbers(array.to_numpy(zero_copy_only=False), what, words)

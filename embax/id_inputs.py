@@ -62,7 +62,10 @@ def check_shape(feature: FeaturePlan, shape: tuple[int, ...], owner: Any) -> Non
     # A ragged feature, (B,) -> (B, D), takes any rectangle; otherwise the shape is the specification's.
     free = feature.pooled and not feature.positions and feature.valency is None and len(shape) == 2
     if not free and (not shape or shape != feature.input_shape(shape[0])):
-        raise ValueError(f"{owner} have shape {shape}; the feature's input_shape is {_shown_shape(feature)}")
+        raise ValueError(
+            f"{owner} have shape {shape}; the feature's input_shape is {_shown_shape(feature)}; "
+            "reshape them, or change the FeatureSpec"
+        )
     check_batch(feature, shape[0], owner)
 
 
@@ -166,13 +169,9 @@ def _positions(feature: FeaturePlan, lengths: np.ndarray, sample: np.ndarray, li
 def _flatten_coo(feature: FeaturePlan, coo: CooIds, weights: Any) -> Flat:
     owner, count = f'feature "{feature.name}"', coo.num_samples
     if feature.positions or not feature.pooled:
-        raise ValueError(
-            f"{owner}: CooIds fit pooled features only; give a sequence feature nested lists or RaggedIds"
-        )
+        raise ValueError(f"{owner}: CooIds fit pooled features only; give a sequence feature nested lists or RaggedIds")
     if not isinstance(count, numbers.Integral) or isinstance(count, bool) or not 0 <= count < 2**31:
-        raise ValueError(
-            f"{owner}: CooIds.num_samples is {count!r}; it must be the number of samples in the batch"
-        )
+        raise ValueError(f"{owner}: CooIds.num_samples is {count!r}; it must be the number of samples in the batch")
     check_batch(feature, int(count), f"{owner}: ids")
     values = column(coo.values, Subject(feature.name, "ids"))
     samples = column(coo.samples, Subject(feature.name, "CooIds.samples"))
@@ -206,16 +205,12 @@ def _stable_order(samples: np.ndarray) -> np.ndarray:
 def _coo_weights(feature: FeaturePlan, samples: np.ndarray, weights: Any) -> np.ndarray:
     owner = f'feature "{feature.name}"'
     if isinstance(weights, CooIds):
-        if not np.array_equal(
-            column(weights.samples, Subject(feature.name, "CooIds.samples of weights")), samples
-        ):
+        if not np.array_equal(column(weights.samples, Subject(feature.name, "CooIds.samples of weights")), samples):
             raise ValueError(
                 f"{owner}: CooIds.samples of weights differ from those of ids; give the same, in the same order"
             )
         weights = weights.values
     weights = column(weights, Subject(feature.name, "weights"))
     if weights.shape != samples.shape:
-        raise ValueError(
-            f"{owner}: there are {weights.size} weights for {samples.size} ids; give every id one weight"
-        )
+        raise ValueError(f"{owner}: there are {weights.size} weights for {samples.size} ids; give every id one weight")
     return weights

@@ -56,18 +56,14 @@ def preprocess(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
     [[0, 2, 2, 3]]
     """
     if not isinstance(plan, Plan):
-        raise TypeError(
-            f"preprocess: a {type(plan).__name__} is not a Plan; call preprocess(plan, ids, weights)"
-        )
+        raise TypeError(f"preprocess: a {type(plan).__name__} is not a Plan; call preprocess(plan, ids, weights)")
     leaves = plan.flatten(ids, "ids")
     weight_leaves = [None] * len(leaves) if weights is None else plan.flatten(weights, "weights")
     columns = [
         _column(feature, flatten(feature, leaf, weight))
         for feature, leaf, weight in zip(plan.features, leaves, weight_leaves, strict=True)
     ]
-    stacks = {
-        stack.name: _stack_ids(plan, stack, [columns[i] for i in stack.features]) for stack in plan.stacks
-    }
+    stacks = {stack.name: _stack_ids(plan, stack, [columns[i] for i in stack.features]) for stack in plan.stacks}
     counts = np.array([c.counts for c in columns], np.int32)
     return IdBatch(stacks, Statistics(*counts.T[:, None, :]))
 
@@ -79,9 +75,7 @@ def _column(feature: FeaturePlan, flat: Flat) -> Column:
     if weights is not None:
         weights = _checked_weights(feature, flat, absent)
     if values.dtype == object:
-        values = np.asarray(
-            [0 if gone else value for value, gone in zip(values, absent, strict=True)], np.int64
-        )
+        values = np.asarray([0 if gone else value for value, gone in zip(values, absent, strict=True)], np.int64)
     if absent is not None and lengths is not None:
         values, weights = values[~absent], None if weights is None else weights[~absent]
         lengths, absent = _counts(lengths, ~absent), None
@@ -180,9 +174,9 @@ def _gains(
     if not np.isfinite(gains).all():
         slot = np.repeat(np.arange(flat.samples), each)[np.argmax(~np.isfinite(gains))]
         raise ValueError(
-            f'table "{feature.table.name}": combiner "{combiner}" divides by a sum of weights so near zero that float32 '
-            f'cannot hold it (feature "{feature.name}", sample {slot // feature.samples_per_row}); mend the weights, or '
-            'use combiner "sum"'
+            f'table "{feature.table.name}": combiner "{combiner}" divides by weights that add up to almost zero, and '
+            f'float32 cannot hold the result (feature "{feature.name}", sample {slot // feature.samples_per_row}); '
+            'mend the weights, or use combiner "sum"'
         )
     return gains
 
@@ -194,9 +188,7 @@ def _ragged_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _one_per_position(
-    values: np.ndarray, lengths: np.ndarray, gains: np.ndarray | None, counts: tuple
-) -> Column:
+def _one_per_position(values: np.ndarray, lengths: np.ndarray, gains: np.ndarray | None, counts: tuple) -> Column:
     """Returns an unpooled sequence as a rectangle of width 1: empty positions are absent."""
     taken = lengths > 0
     ids = np.zeros(len(lengths), values.dtype)

@@ -151,9 +151,7 @@ def _flatten(feature: FeaturePlan, leaf: Any) -> TracedFlat:
             )
         values = _integers(owner, leaf.values, dimensions=1)
         flat = (
-            _flatten_coo(feature, values, leaf)
-            if isinstance(leaf, CooIds)
-            else _flatten_ragged(feature, values, leaf)
+            _flatten_coo(feature, values, leaf) if isinstance(leaf, CooIds) else _flatten_ragged(feature, values, leaf)
         )
         check_batch(feature, flat.lengths.shape[0], owner)
         return flat
@@ -195,9 +193,7 @@ def _flatten_ragged(feature: FeaturePlan, values: jax.Array, ragged: RaggedIds) 
 
 def _integers(owner: str, leaf: Any, dimensions: int | None = None) -> jax.Array:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        raise TypeError(
-            f"{owner} are of type {type(leaf).__name__}; inside jit they must be an integer array"
-        )
+        raise TypeError(f"{owner} are of type {type(leaf).__name__}; inside jit they must be an integer array")
     if not jnp.issubdtype(leaf.dtype, jnp.integer):
         raise TypeError(f"{owner} are {leaf.dtype}; they must be integers")
     if dimensions is not None and len(leaf.shape) != dimensions:
@@ -220,13 +216,9 @@ def _weights(feature: FeaturePlan, ids: Any, weights: Any) -> tuple[jax.Array, j
             matched = _matched(owner, ids, weights)
             weights = weights.values
     if isinstance(weights, (RaggedIds, CooIds)) or not hasattr(weights, "dtype"):
-        raise TypeError(
-            f"{owner} are of type {type(weights).__name__}; inside jit they must be a float array"
-        )
+        raise TypeError(f"{owner} are of type {type(weights).__name__}; inside jit they must be a float array")
     if weights.shape != inner.shape or not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(
-            f"{owner} are {weights.dtype}{weights.shape}; they must be floats, one per id: {inner.shape}"
-        )
+        raise ValueError(f"{owner} are {weights.dtype}{weights.shape}; they must be floats, one per id: {inner.shape}")
     flat = jnp.asarray(weights).astype(jnp.float32).reshape(-1)
     return flat, jnp.ones(flat.shape, bool) if matched is None else jnp.broadcast_to(matched, flat.shape)
 

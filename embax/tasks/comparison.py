@@ -20,7 +20,6 @@ from embax.tasks.completejourney import Transactions
 from embax.tasks.training import Recipe, Trainer
 
 LAST_TRAIN_WEEK = 44
-PAIRS = (("household_id", "product_id"),)
 
 
 def split(data: Transactions) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +37,9 @@ def run(
     """
     rows, test = split(data)
     recipe, cards = Recipe(epochs=epochs, batch_size=batch_size), tuple(data.cards.items())
-    models = {"logreg": LogisticRegression(cards), "click": Dlrm(cards, embedding_dim=embedding_dim, pairs=PAIRS)}
+    data, pair = data.with_pair("household_id", "product_id")
+    click = Dlrm(cards, pairs=((pair, data.cards[pair]),), embedding_dim=embedding_dim)
+    models = {"logreg": LogisticRegression(cards), "click": click}
     trainers = {name: Trainer.create(model, recipe, len(rows)) for name, model in models.items()}
     runs = []
     for seed in seeds:

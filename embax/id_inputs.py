@@ -78,6 +78,20 @@ def check_batch(feature: FeaturePlan, batch: int, owner: Any) -> None:
         )
 
 
+def check_num_samples(feature: FeaturePlan, coo: CooIds) -> int:
+    """Returns the number of samples of ``coo``; ValueError unless the feature takes that form, and so many."""
+    owner, count = f'feature "{feature.name}"', coo.num_samples
+    if feature.positions or not feature.pooled:
+        raise ValueError(
+            f"{owner}: CooIds fit pooled features only; give a sequence feature nested lists or RaggedIds, or "
+            "inside jit a dense array"
+        )
+    if not isinstance(count, numbers.Integral) or isinstance(count, bool) or not 0 <= count < 2**31:
+        raise ValueError(f"{owner}: CooIds.num_samples is {count!r}; it must be the number of samples, static in jit")
+    check_batch(feature, int(count), f"{owner}: ids")
+    return int(count)
+
+
 def _shown_shape(feature: FeaturePlan) -> str:
     dims = [str(d) for d in (feature.batch_size or "batch", *feature.input_shape(0)[1:])]
     return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
@@ -167,12 +181,7 @@ def _positions(feature: FeaturePlan, lengths: np.ndarray, sample: np.ndarray, li
 
 
 def _flatten_coo(feature: FeaturePlan, coo: CooIds, weights: Any) -> Flat:
-    owner, count = f'feature "{feature.name}"', coo.num_samples
-    if feature.positions or not feature.pooled:
-        raise ValueError(f"{owner}: CooIds fit pooled features only; give a sequence feature nested lists or RaggedIds")
-    if not isinstance(count, numbers.Integral) or isinstance(count, bool) or not 0 <= count < 2**31:
-        raise ValueError(f"{owner}: CooIds.num_samples is {count!r}; it must be the number of samples in the batch")
-    check_batch(feature, int(count), f"{owner}: ids")
+    owner, count = f'feature "{feature.name}"', check_num_samples(feature, coo)
     values = column(coo.values, Subject(feature.name, "ids"))
     samples = column(coo.samples, Subject(feature.name, "CooIds.samples"))
     if samples.shape != values.shape:
@@ -192,7 +201,7 @@ def _flatten_coo(feature: FeaturePlan, coo: CooIds, weights: Any) -> Flat:
     if (samples[1:] < samples[:-1]).any():
         order = _stable_order(samples)
         values, weights = values[order], None if weights is None else weights[order]
-    return Flat(values, weights, int(count), np.bincount(samples, minlength=count), None, 0)
+    return Flat(values, weights, count, np.bincount(samples, minlength=count), None, 0)
 
 
 def _stable_order(samples: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from embax.combiners import gains_from_weights
 from embax.id_batch import IdBatch, StackIds, Statistics
-from embax.id_inputs import CooIds, RaggedIds, check_batch, check_shape
+from embax.id_inputs import CooIds, RaggedIds, check_batch, check_num_samples, check_shape
 from embax.planning import FeaturePlan, Plan, StackPlan
 
 
@@ -144,17 +144,10 @@ def _gains(combiner: str, flat: TracedFlat, weights: jax.Array, scaled: bool) ->
 
 def _flatten(feature: FeaturePlan, leaf: Any) -> TracedFlat:
     owner = f'feature "{feature.name}": ids'
-    if isinstance(leaf, (RaggedIds, CooIds)):
-        if feature.positions or not feature.pooled or isinstance(leaf.values, (RaggedIds, CooIds)):
-            raise ValueError(
-                f"{owner}: inside jit a sequence feature takes a dense array; or preprocess ragged ids on the host"
-            )
-        values = _integers(owner, leaf.values, dimensions=1)
-        flat = (
-            _flatten_coo(feature, values, leaf) if isinstance(leaf, CooIds) else _flatten_ragged(feature, values, leaf)
-        )
-        check_batch(feature, flat.lengths.shape[0], owner)
-        return flat
+    if isinstance(leaf, CooIds):
+        return _flatten_coo(feature, leaf)
+    if isinstance(leaf, RaggedIds):
+        return _flatten_ragged(feature, leaf)
     array = _integers(owner, leaf)
     check_shape(feature, array.shape, owner)
     samples = array.shape[0] * feature.samples_per_row
@@ -164,8 +157,9 @@ def _flatten(feature: FeaturePlan, leaf: Any) -> TracedFlat:
     return TracedFlat(array.reshape(-1), sample, None, jnp.full(samples, valency, jnp.int32), valency, None)
 
 
-def _flatten_coo(feature: FeaturePlan, values: jax.Array, coo: CooIds) -> TracedFlat:
-    owner, count = f'feature "{feature.name}": CooIds.samples', coo.num_samples
+def _flatten_coo(feature: FeaturePlan, coo: CooIds) -> TracedFlat:
+    owner, count = f'feature "{feature.name}": CooIds.samples', check_num_samples(feature, coo)
+    values = _integers(f'feature "{feature.name}": ids', coo.values, dimensions=1)
     samples = _integers(owner, coo.samples, dimensions=1)
     if samples.shape != values.shape:
         raise ValueError(f"{owner} are {samples.size} for {values.size} ids; give every id its sample")
@@ -177,11 +171,18 @@ def _flatten_coo(feature: FeaturePlan, values: jax.Array, coo: CooIds) -> Traced
     return TracedFlat(values[order], samples[order], stray[order], lengths, None, order)
 
 
-def _flatten_ragged(feature: FeaturePlan, values: jax.Array, ragged: RaggedIds) -> TracedFlat:
+def _flatten_ragged(feature: FeaturePlan, ragged: RaggedIds) -> TracedFlat:
     owner = f'feature "{feature.name}": splits'
+    if feature.positions or not feature.pooled:
+        raise ValueError(
+            f'feature "{feature.name}": inside jit a sequence feature takes a dense array; or preprocess ragged ids '
+            "on the host"
+        )
+    values = _integers(f'feature "{feature.name}": ids', ragged.values, dimensions=1)
     splits = _integers(owner, ragged.splits, dimensions=1).astype(jnp.int32)
     if not splits.shape[0]:
         raise ValueError(f"{owner} are empty; they must be integers [samples + 1]")
+    check_batch(feature, splits.shape[0] - 1, f'feature "{feature.name}": ids')
     # Splits that fall or overshoot are brought back into order: nothing is read that is not there. What stands before
     # the first split is of no sample, and fills the first.
     splits = jax.lax.cummax(jnp.clip(splits, 0, values.shape[0]))
@@ -195,7 +196,7 @@ def _integers(owner: str, leaf: Any, dimensions: int | None = None) -> jax.Array
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         raise TypeError(f"{owner} are of type {type(leaf).__name__}; inside jit they must be an integer array")
     if not jnp.issubdtype(leaf.dtype, jnp.integer):
-        raise TypeError(f"{owner} are {leaf.dtype}; they must be integers")
+        raise TypeError(f"{owner} are {leaf.dtype}; they must be integers (use .astype(jnp.int32) if they are whole)")
     if dimensions is not None and len(leaf.shape) != dimensions:
         raise ValueError(f"{owner} have shape {leaf.shape}; they must have one dimension")
     if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8 and not jax.config.jax_enable_x64:

@@ -8,12 +8,13 @@ Six occurrences of four rows of a table of 7 rows::
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from embax.order import stable_order
+from embax.sorted_rows import walk
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +80,7 @@ def merge_row_gradients(*gradients: RowGradients) -> RowGradients:
     return sum_rows(rows, values, sizes.pop())
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def sum_rows(rows: jax.Array, values: jax.Array, vocabulary_size: int) -> RowGradients:
     """Returns the row gradients of occurrences: int ``[n]`` rows in any order, ``[n, D]`` values.
 
@@ -89,13 +91,17 @@ def sum_rows(rows: jax.Array, values: jax.Array, vocabulary_size: int) -> RowGra
     keys = jnp.where(valid, rows, vocabulary_size).astype(jnp.int32)
     if not count:
         return RowGradients(keys, values, vocabulary_size)
-    order = stable_order(keys, vocabulary_size)
-    keys = keys[order]
-    starts = jnp.concatenate([jnp.zeros(1, bool), keys[1:] != keys[:-1]])
-    segment = jnp.cumsum(starts, dtype=jnp.int32)
-    values = jnp.where((keys < vocabulary_size)[:, None], values[order], 0)
-    summed = jnp.zeros_like(values).at[segment].add(values, indices_are_sorted=True)
-    unique = jnp.full(count, vocabulary_size, jnp.int32).at[segment].set(keys, indices_are_sorted=True)
+    width = values.shape[1]
+
+    def write(state, rows, sums, ranks):
+        place = jnp.where(rows < vocabulary_size, ranks, count)
+        return tuple(
+            array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+            for array, new in zip(state, (rows, sums), strict=True)
+        )
+
+    empty = jnp.full(count, vocabulary_size, jnp.int32), jnp.zeros(values.shape, values.dtype)
+    unique, summed = walk(keys, vocabulary_size, width, lambda at: values[at].astype(jnp.float32), write, empty)
     return RowGradients(unique, summed, vocabulary_size)
 
 

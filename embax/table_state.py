@@ -110,7 +110,7 @@ def _write(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.A
     """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``."""
     window = min(block.shape[0], values.shape[0])
     start = jnp.minimum(first, values.shape[0] - window)
-    source = start - first + jnp.arange(window)
+    source = start - first + jnp.arange(window, dtype=jnp.int32)
     old = jax.lax.dynamic_slice(values, (start, 0), (window, values.shape[1]))
     mine = ((source >= 0) & (source < count))[:, None]
     new = jnp.where(mine, jnp.take(block, source, axis=0, mode="clip"), old)

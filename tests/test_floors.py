@@ -14,7 +14,7 @@ FLOORS = (
     ("optimizers", 0),
     ("specs", 0),
     ("stacking", 1),
-    ("order", 1),
+    ("sorted_rows", 1),
     ("planning", 1),
     ("table_state", 1),
     ("id_batch", 1),

@@ -182,3 +182,26 @@ def test_backends_are_chosen_by_name_environment_and_availability(monkeypatch):
     assert kernels.choose() == ("reference", "not cpu: switched off")
     with pytest.raises(ValueError, match=r"backend 'cpu' \(named in the plan\) cannot run here: switched off"):
         kernels.choose("cpu")
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_all_of_it_under_x64(ragged):
+    with jax.enable_x64(True):
+        table = table_spec(combiner="mean", optimizer=embax.Adam(0.1))
+        plan = embax.plan(feature(table, inputs=(None,) if ragged else (None, 3)))
+        ids = [[1, 2, 2**33], [4, 4, 49]]
+        with pytest.raises(ValueError, match="id 8589934592 >= vocabulary_size 50"):
+            embax.preprocess(plan, ids if ragged else np.array(ids))
+        ids[0][2] = 3
+        tables = _tables(plan)
+        batch = embax.preprocess(plan, ids if ragged else np.array(ids))
+        activations, residuals = embax.lookup(plan, tables, batch)
+        assert activations.dtype == jnp.float32
+        after = embax.update(plan, tables, residuals, activations, 3)
+        merged = embax.row_gradients(plan, residuals, activations)["item"]
+        assert (merged + merged).count() == 5 and after["item"].table.dtype == jnp.float32
+        traced = jax.jit(lambda i: embax.preprocess_traced(plan, i))
+        if not ragged:
+            wide = traced(jnp.array([[1, 2, 2**33], [4, 4, 49]]))
+            assert wide.statistics.out_of_range.tolist() == [[1]]
+            assert np.array_equal(embax.lookup(plan, tables, traced(jnp.array(ids)))[0], activations)

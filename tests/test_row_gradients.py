@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import embax
-from embax.order import stable_order
 from embax.row_gradients import sum_rows
+from embax.sorted_rows import stable_order
 
 
 @given(

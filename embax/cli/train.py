@@ -20,7 +20,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for tables and metrics; made if missing.")] = Path("embax-run"),
     limit_rows: Annotated[int | None, typer.Option(help="Use that many rows, evenly spaced in time.")] = None,
 ) -> None:
-    """Train a click model and a logistic regression, and test both on later weeks.
+    """Train a click model beside logistic regressions, and test all on later weeks.
 
     DATA names the data set. completejourney: simulated grocery transactions; was the product sold at a
     loyalty-card discount? Training is on weeks 1 to 44, the test on weeks 45 to 53.

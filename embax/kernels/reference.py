@@ -1,14 +1,8 @@
 """The reference backend: plain XLA, always there; it defines the meaning and runs on every platform.
 
-Both directions walk through the ids chunk by chunk, so that temporaries stay in cache and do not grow with
-the batch times embedding_dim. Six occurrences in chunks of 4 (an update; part is the carried, unfinished sum)::
-
-    sorted rows   0 3 3 5 | 6 6
-    chunk 0: sums f, b + e, a;  5 ends here, for the next row is 6: write rows 0, 3, 5;  part = 0
-    chunk 1: sum part + c + d;  write row 6
-
-A row whose occurrences cross a boundary is carried over and written once, where its last occurrence stands. Every
-row is read once, stepped once and written once, whatever the batch holds; sums run in the order of the samples.
+Rectangles are pooled by one fused loop over their gathers; ragged ids chunk by chunk. An update walks the sorted
+occurrences (``embax.sorted_rows``): every touched row is read once, stepped once and written once, whatever the batch
+holds, and temporaries do not grow with the batch.
 """
 
 import itertools
@@ -19,15 +13,13 @@ import jax.numpy as jnp
 
 from embax.id_batch import StackIds
 from embax.optimizers.base import Optimizer, map_slots
-from embax.order import stable_order
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients, sum_rows
+from embax.sorted_rows import chunk_of, padded, walk
 from embax.specs import QuantizationConfig
 from embax.table_state import TableState
 
 NAME = "reference"
-# On CPU a chunk of rows fits the second-level cache; elsewhere a batch is one chunk, for width is speed there.
-CPU_CHUNK = 4096
 # Rectangles up to this wide are unrolled: XLA then fuses all gathers and additions into one loop.
 UNROLLED_VALENCY = 32
 
@@ -62,32 +54,17 @@ def update(
     count = ids.ids.shape[0]
     if not count or not gradients.shape[0]:
         return state
-    keys = _after(_rows(stack, ids), token)
-    order = stable_order(keys, stack.rows)
-    chunk = _chunk(count)
-    keys = _padded(keys[order], chunk, stack.rows)
-    order = _padded(order, chunk, 0)
-    following = jnp.append(keys[1:], stack.rows)
     sample = sample_of_ids(ids)
-    present = jnp.sum(keys < stack.rows)
 
-    def body(index, carry):
-        state, part = carry
-        at = index * chunk
-        rows, places, after = (jax.lax.dynamic_slice(x, (at,), (chunk,)) for x in (keys, order, following))
+    def values_at(places):
         values = gradients[sample[places]]
-        if ids.gains is not None:
-            values = values * ids.gains[places][:, None]
-        starts = jnp.append(False, rows[1:] != rows[:-1])
-        segment = jnp.cumsum(starts, dtype=jnp.int32)
-        sums = jnp.zeros_like(values).at[0].set(part).at[segment].add(values, indices_are_sorted=True)
-        ends = rows != after
-        unique = jnp.full(chunk, stack.rows, jnp.int32).at[jnp.where(ends, segment, chunk)].set(rows, mode="drop")
-        part = jnp.where(ends[-1], 0.0, sums[segment[-1]])
-        return step_rows(stack.optimizer, state, unique, sums, hyper), part
+        return values if ids.gains is None else values * ids.gains[places][:, None]
 
-    part = jnp.zeros(gradients.shape[1], gradients.dtype)
-    return jax.lax.fori_loop(0, -(-present // chunk), body, (state, part))[0]
+    def step(state, rows, sums, ranks):
+        return step_rows(stack.optimizer, state, rows, sums, hyper)
+
+    keys = _after(_rows(stack, ids), token)
+    return walk(keys, stack.rows, stack.embedding_dim, values_at, step, state)
 
 
 def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
@@ -95,11 +72,11 @@ def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper
     count, total = gradient.rows.shape[0], state.table.shape[0]
     if not count:
         return state
-    chunk = _chunk(count)
+    chunk = chunk_of(count)
     valid = (gradient.rows >= 0) & (gradient.rows < total)
-    rows = _padded(jnp.where(valid, gradient.rows, total).astype(jnp.int32), chunk, total)
-    values = _padded(gradient.values.astype(jnp.float32), chunk, 0)
-    used = jnp.max(jnp.where(valid, jnp.arange(1, count + 1), 0))
+    rows = padded(jnp.where(valid, gradient.rows, total).astype(jnp.int32), chunk, total)
+    values = padded(gradient.values.astype(jnp.float32), chunk, 0)
+    used = jnp.max(jnp.where(valid, jnp.arange(1, count + 1, dtype=jnp.int32), 0))
 
     def body(index, state):
         at = index * chunk
@@ -172,7 +149,7 @@ def quantize(rows: jax.Array, config: QuantizationConfig) -> jax.Array:
 def _rows(stack: StackPlan, ids: StackIds) -> jax.Array:
     """Returns the rows of ``ids``, with one past the end for whatever is absent."""
     row = ids.ids
-    present = (jnp.arange(row.shape[0]) < ids.offsets[-1]) & (row >= 0) & (row < stack.rows)
+    present = (jnp.arange(row.shape[0], dtype=jnp.int32) < ids.offsets[-1]) & (row >= 0) & (row < stack.rows)
     return jnp.where(present, row, stack.rows)
 
 
@@ -219,10 +196,10 @@ def _pool_rectangle(stack: StackPlan, table: jax.Array, rows: jax.Array, gains: 
 
 def _pool_ragged(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
     count = ids.ids.shape[0]
-    chunk = _chunk(count)
-    rows = _padded(_rows(stack, ids), chunk, stack.rows)
-    sample = _padded(sample_of_ids(ids), chunk, 0)
-    gains = None if ids.gains is None else _padded(ids.gains, chunk, 0.0)
+    chunk = chunk_of(count)
+    rows = padded(_rows(stack, ids), chunk, stack.rows)
+    sample = padded(sample_of_ids(ids), chunk, 0)
+    gains = None if ids.gains is None else padded(ids.gains, chunk, 0.0)
 
     def body(index, total):
         def part(array):
@@ -247,13 +224,3 @@ def _after(rows: jax.Array, token: jax.Array) -> jax.Array:
         return rows
     bits = jax.lax.bitcast_convert_type(token.reshape(-1)[0].astype(jnp.float32), jnp.int32)
     return jnp.maximum(rows, jnp.minimum(bits, 0))
-
-
-def _chunk(count: int) -> int:
-    return min(count, CPU_CHUNK) if jax.default_backend() == "cpu" else count
-
-
-def _padded(array: jax.Array, chunk: int, fill) -> jax.Array:
-    """Returns ``array`` filled up to a multiple of ``chunk``."""
-    missing = -array.shape[0] % chunk
-    return jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1)), constant_values=fill)

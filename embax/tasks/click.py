@@ -1,6 +1,6 @@
 """Two models of a click-like label over categorical fields, as embax tables and a dense part.
 
-``LogisticRegression`` gives every value of every field one weight. ``Dlrm`` adds to the same sum networks over the
+``LogisticRegression`` gives every value of every field one weight. ``Dlrm`` adds to the same sum a network over the
 embeddings of the fields and their dot products.
 
 A model is hashable, so that it can be static under jit; it owns no arrays.
@@ -26,12 +26,12 @@ class Model(abc.ABC):
 
     Attributes:
       cards: (field, number of its codes) in the order of the fields; a tuple, to be hashable.
-      weight_rate: Adagrad's rate for the weights of single values.
-      l2: of the looked-up rows, per sample.
+      weight_rate: Adagrad's rate for the weights of values.
+      l2: what a sample's looked-up rows cost in the loss, by the sum of their squares.
     """
 
     cards: tuple[tuple[str, int], ...]
-    weight_rate: float = 0.3
+    weight_rate: float = 0.2
     l2: float = 1e-3
 
     @property
@@ -53,7 +53,7 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, params: Any, activations: Any, key: jax.Array | None) -> jax.Array:
-        """Returns the logits ``[towers, batch]``; ``key`` draws the dropout, None leaves it out."""
+        """Returns the logits ``[batch]``; ``key`` draws the dropout, None leaves it out."""
 
     def loss(self, params: Any, activations: Any, labels: jax.Array, key: jax.Array, smoothing: float):
         """Returns the training loss: cross entropy with smoothed labels, plus the L2 term of what was looked up.
@@ -62,7 +62,7 @@ class Model(abc.ABC):
         weeks, and what was certain in training is less so later.
         """
         logits = self.logits(params, activations, key)
-        targets = labels[None] * (1.0 - smoothing) + smoothing / 2
+        targets = labels * (1.0 - smoothing) + smoothing / 2
         entropy = jnp.mean(jax.nn.softplus(logits) - targets * logits)
         squares = sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(activations))
         return entropy + self.l2 / len(labels) * squares
@@ -83,7 +83,7 @@ class LogisticRegression(Model):
         return {"bias": jnp.zeros((1,))}
 
     def logits(self, params: Any, activations: Any, key: jax.Array | None) -> jax.Array:
-        return (params["bias"] + sum(activations.values())[:, 0])[None]
+        return params["bias"] + _sum(activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,26 +92,24 @@ class Dlrm(Model):
 
     The logit is the bias, the weight of every value, and a network whose input is the embeddings of the fields, one
     after another, and the dot products of each two of them. In training each embedding of each sample is left out with
-    probability ``dropout``. There are ``towers`` networks, each with embeddings of its own; each has to predict the
-    label, and the prediction is the mean of their logits.
+    probability ``dropout``.
 
     Naumov et al. 2019 (arXiv 1906.00091); Cheng et al. 2016 (arXiv 1606.07792) for the part beside it.
 
     Attributes:
-      pairs: (field, number of codes) of fields that have weights only, no embeddings.
+      pairs: (field, number of its codes) of fields that have weights but no embeddings.
+      hidden: widths of the network's layers.
     """
 
     pairs: tuple[tuple[str, int], ...] = ()
     embedding_dim: int = 8
-    towers: int = 4
     hidden: tuple[int, ...] = (64, 32)
-    weight_rate: float = 0.2
     embedding_rate: float = 0.1
     dropout: float = 0.3
 
     def features(self, schedule: Schedule) -> Any:
         weights = Tables("weight", 1, self.weight_rate, schedule)
-        embeddings = Tables("embedding", self.embedding_dim * self.towers, self.embedding_rate, schedule)
+        embeddings = Tables("embedding", self.embedding_dim, self.embedding_rate, schedule)
         return {
             "weight": {name: weights.feature(name, card) for name, card in self.cards + self.pairs},
             "embedding": {name: embeddings.feature(name, card) for name, card in self.cards},
@@ -124,33 +122,31 @@ class Dlrm(Model):
     def init(self, key: jax.Array) -> Any:
         count = len(self.cards)
         sizes = [count * self.embedding_dim + count * (count - 1) // 2, *self.hidden, 1]
-        make = jax.nn.initializers.he_normal(batch_axis=0)
+        make = jax.nn.initializers.he_normal()
         layers = [
-            {"kernel": make(jax.random.fold_in(key, i), (self.towers, a, b)), "bias": jnp.zeros((self.towers, 1, b))}
+            {"kernel": make(jax.random.fold_in(key, i), (a, b)), "bias": jnp.zeros((1, b))}
             for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
         ]
         return {"bias": jnp.zeros((1,)), "layers": layers}
 
     def logits(self, params: Any, activations: Any, key: jax.Array | None) -> jax.Array:
-        wide = params["bias"] + sum(activations["weight"].values())[:, 0]
+        wide = params["bias"] + _sum(activations["weight"])
         embedded = jnp.stack([activations["embedding"][name] for name in self.fields], axis=1)
-        # Towers lead from here on: their layers are one batched product.
-        embedded = embedded.reshape(*embedded.shape[:2], self.towers, self.embedding_dim).transpose(2, 0, 1, 3)
         if key is not None:
-            kept = jax.random.bernoulli(key, 1.0 - self.dropout, (*embedded.shape[:3], 1))
+            kept = jax.random.bernoulli(key, 1.0 - self.dropout, (*embedded.shape[:2], 1))
             embedded = jnp.where(kept, embedded / (1.0 - self.dropout), 0.0)
         first, second = np.triu_indices(len(self.cards), 1)
-        dots = jnp.einsum("tbid,tbjd->tbij", embedded, embedded)[:, :, first, second]
-        hidden = jnp.concatenate([dots, embedded.reshape(*dots.shape[:2], -1)], axis=2)
+        dots = jnp.einsum("bid,bjd->bij", embedded, embedded)[:, first, second]
+        hidden = jnp.concatenate([dots, embedded.reshape(len(embedded), -1)], axis=1)
         *inner, last = params["layers"]
         for layer in inner:
-            hidden = jax.nn.relu(_dense(layer, hidden))
-        return wide[None] + _dense(last, hidden)[:, :, 0]
+            hidden = jax.nn.relu(hidden @ layer["kernel"] + layer["bias"])
+        return wide + (hidden @ last["kernel"] + last["bias"])[:, 0]
 
 
-def _dense(layer: Mapping[str, jax.Array], inputs: jax.Array) -> jax.Array:
-    """Returns the outputs of one layer of every tower, ``[towers, batch, outputs]``."""
-    return jnp.einsum("tbi,tio->tbo", inputs, layer["kernel"]) + layer["bias"]
+def _sum(weights: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns the sum of every sample's weights, ``[batch]``, of ``[batch, 1]`` each."""
+    return jnp.concatenate(list(weights.values()), axis=1).sum(axis=1)
 
 
 class Tables:

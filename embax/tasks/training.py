@@ -26,12 +26,21 @@ REPORT_EVERY = 50
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; every rate falls linearly to 0."""
+    """How a model is trained.
+
+    Attributes:
+      epochs: passes over the training rows.
+      batch_size: samples of a step.
+      dense_rate: Adam's rate for the dense parameters.
+      label_smoothing: see ``Model.loss``.
+      falling: whether all rates fall linearly to 0 or stay as they are.
+    """
 
     epochs: int = 2
     batch_size: int = 2048
     dense_rate: float = 3e-3
     label_smoothing: float = 0.05
+    falling: bool = True
 
 
 class State(NamedTuple):
@@ -72,12 +81,11 @@ class Trainer:
         steps = train_rows // recipe.batch_size * recipe.epochs
         if not steps:
             raise ValueError(
-                f"a batch of {recipe.batch_size} does not fit into {train_rows} training rows and {recipe.epochs} epochs; "
-                "choose a smaller batch size"
+                f"batch_size {recipe.batch_size} is more than the {train_rows} training rows; choose a smaller one"
             )
-        falling = optax.linear_schedule(1.0, 0.0, steps)
-        dense = optax.adam(lambda step: recipe.dense_rate * falling(step))
-        return cls(model, recipe, embax.plan(model.features(falling)), dense, steps)
+        schedule = optax.linear_schedule(1.0, 0.0 if recipe.falling else 1.0, steps)
+        dense = optax.adam(lambda step: recipe.dense_rate * schedule(step))
+        return cls(model, recipe, embax.plan(model.features(schedule)), dense, steps)
 
     def init(self, seed: int) -> State:
         """Returns fresh tables and parameters."""
@@ -154,4 +162,4 @@ def train_step(trainer: Trainer, state: State, batch: embax.IdBatch, labels: jax
 def predict_step(trainer: Trainer, tables: Any, params: Any, batch: embax.IdBatch) -> jax.Array:
     """Returns the probability of label 1 for every sample of the batch."""
     activations, _ = embax.lookup(trainer.plan, tables, batch)
-    return jax.nn.sigmoid(trainer.model.logits(params, activations, None).mean(axis=0))
+    return jax.nn.sigmoid(trainer.model.logits(params, activations, None))

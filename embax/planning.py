@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from embax.optimizers.base import Optimizer
-from embax.specs import FeatureSpec, QuantizationConfig, TableSpec
+from embax.specs import FeatureSpec, QuantizationConfig, TableSpec, float_dtype
 from embax.stacking import MAX_STACK_ROWS, group_tables, row_offsets, stack_name
 
 
@@ -143,6 +144,8 @@ def plan(
     >>> [stack.rows for stack in embax.plan({"history": history}).stacks]
     [6]
     """
+    if activation_dtype is not None:
+        activation_dtype = float_dtype("plan", "activation_dtype", activation_dtype)
     specs, structure = jax.tree.flatten(features, is_leaf=lambda x: isinstance(x, FeatureSpec))
     tables = _tables_of(specs)
     groups = _grouped(tables, stacks)
@@ -206,6 +209,8 @@ def _explicit_groups(tables: list[TableSpec], stacks: Mapping[str, Sequence[str]
     remaining = {table.name: table for table in tables}
     named: dict[str, list[TableSpec]] = {}
     for name, members in stacks.items():
+        if isinstance(members, str):
+            raise TypeError(f'plan: stack "{name}" is given as the text {members!r}; give a list of table names')
         for member in members:
             if member not in {t.name for t in tables}:
                 raise ValueError(f'plan: stack "{name}" names table "{member}", which no feature uses')
@@ -247,7 +252,7 @@ def _checked_capacity(specs: Sequence[FeatureSpec], capacity: Mapping[str, int] 
     for name, value in capacity.items():
         if name not in {spec.name for spec in specs}:
             raise ValueError(f'plan: capacity names feature "{name}", which is not among the features')
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             raise ValueError(f'plan: capacity of feature "{name}" is {value!r}; it must be an integer of at least 1')
     return capacity
 
@@ -280,7 +285,7 @@ def _stack_plan(name: str, group: list[TableSpec], features: tuple[int, ...], ac
         rows=sum(table.vocabulary_size for table in group),
         embedding_dim=first.embedding_dim,
         dtype=first.dtype,
-        activation_dtype=first.dtype if activation_dtype is None else str(jax.numpy.dtype(activation_dtype)),
+        activation_dtype=activation_dtype or first.dtype,
         optimizer=first.optimizer,
         quantization=first.quantization_config,
     )

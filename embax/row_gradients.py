@@ -70,11 +70,12 @@ def merge_row_gradients(*gradients: RowGradients) -> RowGradients:
     >>> (one + two).rows.tolist(), (one + two).values.ravel().tolist()
     ([3, 5, 7, 7], [1.0, 12.0, 0.0, 0.0])
     """
-    sizes = {g.vocabulary_size for g in gradients}
-    if len(sizes) != 1:
-        raise ValueError(f"merge_row_gradients: gradients of tables of {sorted(sizes)} rows cannot be added")
     for gradient in gradients:
         check_rows(gradient, "merge_row_gradients")
+    sizes = {g.vocabulary_size for g in gradients}
+    if len(sizes) != 1:
+        given = f"gradients of tables of {sorted(sizes)} rows cannot be added" if sizes else "no gradients are given"
+        raise ValueError(f"merge_row_gradients: {given}; pass gradients of one table")
     rows = jnp.concatenate([g.rows.reshape(-1) for g in gradients])
     values = jnp.concatenate([g.values.reshape(-1, g.values.shape[-1]) for g in gradients])
     return sum_rows(rows, values, sizes.pop())

@@ -1,6 +1,7 @@
 """What a user says about tables and features, checked when it is said."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,12 @@ class QuantizationConfig:
     num_buckets: int
 
     def __post_init__(self):
-        if self.num_buckets < 2:
-            raise ValueError(f"QuantizationConfig: num_buckets={self.num_buckets} must be at least 2")
+        if not _is_int(self.num_buckets) or self.num_buckets < 2:
+            raise ValueError(f"QuantizationConfig: num_buckets={self.num_buckets!r} must be an integer of at least 2")
+        for field in ("min_value", "max_value"):
+            value = getattr(self, field)
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(f"QuantizationConfig: {field}={value!r} must be a finite number")
         if not self.min_value < self.max_value:
             raise ValueError(f"QuantizationConfig: min_value={self.min_value} must be below max_value={self.max_value}")
 
@@ -105,8 +110,9 @@ class TableSpec:
       initializer: ``(key, shape, dtype) -> array``, as in ``jax.nn.initializers``.
       optimizer: how touched rows move, e.g. ``embax.Adagrad(0.1)``.
       combiner: "sum", "mean" or "sqrtn".
-      max_ids_per_partition, max_unique_ids_per_partition, suggested_coo_buffer_size_per_device: limits of
-        TPU SparseCores; kept and reported, they never make embax lose an id.
+      max_ids_per_partition: a limit of TPU SparseCores; kept, and never a reason to lose an id.
+      max_unique_ids_per_partition: likewise.
+      suggested_coo_buffer_size_per_device: likewise.
       quantization_config: rounds looked-up rows, or None.
       dtype: of the stored rows: float32, bfloat16 or float16; arithmetic is float32.
 
@@ -144,9 +150,16 @@ class TableSpec:
                 f"{owner}: optimizer={self.optimizer!r} must be an embax optimizer, such as embax.Adagrad(0.1)"
             )
         check_combiner(self.combiner, owner)
-        object.__setattr__(self, "dtype", str(np.dtype(jax.dtypes.canonicalize_dtype(self.dtype))))
-        if self.dtype not in TABLE_DTYPES:
-            raise ValueError(f"{owner}: dtype {self.dtype} is not one of {', '.join(TABLE_DTYPES)}")
+        object.__setattr__(self, "dtype", float_dtype(owner, "dtype", self.dtype))
+        self._check_settings(owner)
+
+    def _check_settings(self, owner: str) -> None:
+        if self.quantization_config is not None and not isinstance(self.quantization_config, QuantizationConfig):
+            raise TypeError(f"{owner}: quantization_config={self.quantization_config!r} must be a QuantizationConfig")
+        for field in _LIMIT_FIELDS:
+            value = getattr(self, field)
+            if value is not None or not field.startswith("suggested"):
+                _positive_int(owner, field, value)
 
     def __setattr__(self, field: str, value: Any) -> None:
         if field not in _STACKING_FIELDS and getattr(self, "_setting_in_stack", None) is not None:
@@ -216,7 +229,9 @@ class FeatureSpec:
         if not isinstance(self.table_spec, TableSpec):
             raise TypeError(f"{owner}: table_spec={self.table_spec!r} must be an embax.TableSpec")
         for field in ("input_shape", "output_shape"):
-            shape = tuple(getattr(self, field))
+            shape = getattr(self, field)
+            if not isinstance(shape, (tuple, list)):
+                raise TypeError(f"{owner}: {field}={shape!r} must be a tuple of integers, such as (None, 3)")
             dims = [d if d is None and i == 0 else _positive_int(owner, field, d) for i, d in enumerate(shape)]
             object.__setattr__(self, field, tuple(dims))
         self._check_shapes(owner)
@@ -245,6 +260,17 @@ class FeatureSpec:
     def id_transformation(self) -> FeatureIdTransformation | None:
         """Where the ids lie in a SparseCore stack; None while the table is not stacked."""
         return self._id_transformation
+
+
+def float_dtype(owner: str, field: str, dtype: Any) -> str:
+    """Returns the name of a dtype that tables and activations can have; ValueError for any other."""
+    try:
+        name = "None" if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in TABLE_DTYPES:
+        raise ValueError(f"{owner}: {field} {name} is not one of {', '.join(TABLE_DTYPES)}; choose one of them")
+    return name
 
 
 def _is_int(value: Any) -> bool:

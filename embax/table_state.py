@@ -169,7 +169,7 @@ def to_arrays(plan: Plan, tables: Mapping[str, TableState]) -> dict[str, dict[st
     >>> sorted(embax.to_arrays(plan, embax.init(plan, jax.random.key(0)))["item"])
     ['accumulator', 'table']
     """
-    check_tables(plan, tables)
+    check_slots(plan, tables)
     arrays = {}
     for stack in plan.stacks:
         state = tables[stack.name]
@@ -236,6 +236,11 @@ def _like(optimizer: Optimizer, values: list) -> Any:
 def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
     """Raises ValueError unless ``tables`` are those of ``plan``, by name and shape."""
     names = {stack.name for stack in plan.stacks}
+    if not isinstance(tables, Mapping) or not all(isinstance(state, TableState) for state in tables.values()):
+        raise TypeError(
+            "the tables must be {stack: TableState}, as init returns them; for a bare array use embax.take, "
+            "embax.init_slots and embax.apply_rows"
+        )
     if set(tables) != names:
         raise ValueError(
             f"the plan has stacks {sorted(names)}, and the tables given are {sorted(tables)}; pass what init returned"
@@ -245,6 +250,19 @@ def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
         if shape != (stack.rows, stack.embedding_dim):
             raise ValueError(
                 f'stack "{stack.name}": the table has shape {shape}, and the plan says '
-                f"{(stack.rows, stack.embedding_dim)}; "
-                "pass the tables that init made for this plan"
+                f"{(stack.rows, stack.embedding_dim)}; pass the tables that init made for this plan"
+            )
+
+
+def check_slots(plan: Plan, tables: Mapping[str, TableState]) -> None:
+    """Raises as ``check_tables``, and unless the slot variables are those of the plan's optimizers."""
+    check_tables(plan, tables)
+    for stack in plan.stacks:
+        slots = stack.optimizer.slots()
+        shapes = [slot.shape((stack.rows, stack.embedding_dim)) for slot in slots]
+        given = tables[stack.name].slots
+        if type(given) is not type(slots) or [jnp.shape(slot) for slot in given] != shapes:
+            raise ValueError(
+                f'stack "{stack.name}": the slot variables given are not those of {type(stack.optimizer).__name__}; '
+                "pass the tables that init made for this plan, or make fresh slots with embax.from_arrays"
             )

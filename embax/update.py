@@ -12,7 +12,7 @@ from embax.lookup import Residuals, activation_shape
 from embax.optimizers.base import Optimizer
 from embax.planning import Plan, StackPlan
 from embax.row_gradients import RowGradients, check_rows
-from embax.table_state import TableState, check_tables
+from embax.table_state import TableState, check_slots
 
 
 def update(
@@ -44,7 +44,8 @@ def update(
     """
     _check(plan, tables, residuals)
     leaves = _checked_gradients(plan, residuals, gradients)
-    return _update(plan, kernels.choose(plan.backend).name, dict(tables), residuals, leaves, step)
+    hyper = {stack.name: _hyper(stack.optimizer, step) for stack in plan.stacks}
+    return _update(plan, kernels.choose(plan.backend).name, dict(tables), residuals, leaves, hyper)
 
 
 def row_gradients(plan: Plan, residuals: Residuals, gradients: Any) -> dict[str, RowGradients]:
@@ -66,10 +67,16 @@ def apply_row_gradients(
     ``update`` does this after ``row_gradients`` without storing the gradients in between; the two agree up to rounding.
 
     Raises:
-      ValueError: a stack that the plan does not have, or gradients of another table.
+      KeyError: a stack that the plan does not have.
+      ValueError: gradients of another table.
       TypeError: gradients whose rows are no integers (a tree.map went over them).
     """
-    check_tables(plan, tables)
+    check_slots(plan, tables)
+    if not isinstance(gradients, Mapping):
+        raise TypeError(
+            f"apply_row_gradients: gradients are of type {type(gradients).__name__}; give {{stack: RowGradients}}, as "
+            "row_gradients does, or use apply_rows for a bare table"
+        )
     for name, gradient in gradients.items():
         stack = plan.stack(name)
         check_rows(gradient, f'stack "{name}"')
@@ -79,7 +86,8 @@ def apply_row_gradients(
                 f"{gradient.values.shape[1:]}], and the "
                 f"stack is [{stack.rows}, {stack.embedding_dim}]"
             )
-    return _apply(plan, kernels.choose(plan.backend).name, dict(tables), dict(gradients), step)
+    hyper = {name: _hyper(plan.stack(name).optimizer, step) for name in gradients}
+    return _apply(plan, kernels.choose(plan.backend).name, dict(tables), dict(gradients), hyper)
 
 
 def apply_rows(optimizer: Optimizer, state: TableState, gradient: RowGradients, step: Any = None) -> TableState:
@@ -97,15 +105,14 @@ def apply_rows(optimizer: Optimizer, state: TableState, gradient: RowGradients, 
             f"apply_rows: the table has shape {state.table.shape}, and the gradient is of a table "
             f"{(gradient.vocabulary_size, gradient.values.shape[-1])}"
         )
-    return _apply_one(optimizer, kernels.choose().name, state, gradient, step)
+    return _apply_one(optimizer, kernels.choose().name, state, gradient, _hyper(optimizer, step))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _update(plan, backend, tables, residuals, leaves, step):
+def _update(plan, backend, tables, residuals, leaves, hyper):
     kernel, new = kernels.get(backend), {}
     for stack, ids, token, gradients in _parts(plan, residuals, leaves):
-        hyper = _hyper(stack.optimizer, step)
-        new[stack.name] = kernel.update(stack, tables[stack.name], ids, token, gradients, hyper)
+        new[stack.name] = kernel.update(stack, tables[stack.name], ids, token, gradients, hyper[stack.name])
     return new
 
 
@@ -116,20 +123,20 @@ def _row_gradients(plan, backend, residuals, leaves):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(plan, backend, tables, gradients, step):
+def _apply(plan, backend, tables, gradients, hyper):
     kernel, new = kernels.get(backend), dict(tables)
     for name, gradient in gradients.items():
-        optimizer = plan.stack(name).optimizer
-        new[name] = kernel.apply(optimizer, tables[name], gradient, _hyper(optimizer, step))
+        new[name] = kernel.apply(plan.stack(name).optimizer, tables[name], gradient, hyper[name])
     return new
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_one(optimizer, backend, state, gradient, step):
-    return kernels.get(backend).apply(optimizer, state, gradient, _hyper(optimizer, step))
+def _apply_one(optimizer, backend, state, gradient, hyper):
+    return kernels.get(backend).apply(optimizer, state, gradient, hyper)
 
 
 def _hyper(optimizer: Optimizer, step: Any) -> tuple:
+    # Outside of embax's own jit: a rate that is a callable of no argument is asked at every eager step.
     return optimizer.modifiers(step), optimizer.hyperparameters(step)
 
 
@@ -142,7 +149,7 @@ def _parts(plan: Plan, residuals: Residuals, leaves: list[jax.Array]):
 
 
 def _check(plan: Plan, tables: Mapping[str, TableState], residuals: Residuals) -> None:
-    check_tables(plan, tables)
+    check_slots(plan, tables)
     if not isinstance(residuals, Residuals):
         raise TypeError(f"update: a {type(residuals).__name__} is not the Residuals that lookup returned")
 

@@ -205,3 +205,28 @@ def test_all_of_it_under_x64(ragged):
             wide = traced(jnp.array([[1, 2, 2**33], [4, 4, 49]]))
             assert wide.statistics.out_of_range.tolist() == [[1]]
             assert np.array_equal(embax.lookup(plan, tables, traced(jnp.array(ids)))[0], activations)
+
+
+def test_lookup_needs_no_slots_and_update_does():
+    plan = embax.plan(feature(table_spec()))
+    tables, batch = _tables(plan), embax.preprocess(plan, np.zeros((2, 3), int))
+    served = {"item": embax.TableState(tables["item"].table, ())}
+    activations, residuals = embax.lookup(plan, served, batch)
+    with pytest.raises(ValueError, match='stack "item": the slot variables given are not those of Adagrad'):
+        embax.update(plan, served, residuals, activations)
+    with pytest.raises(TypeError, match=r"the tables must be \{stack: TableState\}"):
+        embax.lookup(plan, tables["item"], batch)
+    with pytest.raises(TypeError, match=r"gradients are of type RowGradients; give \{stack: RowGradients\}"):
+        embax.apply_row_gradients(plan, tables, embax.row_gradients(plan, residuals, activations)["item"])
+
+
+def test_a_rate_of_no_argument_is_asked_at_every_eager_step():
+    rate = [0.5]
+    table = table_spec(optimizer=embax.SGD(lambda: rate[0]), initializer=jax.nn.initializers.zeros)
+    plan = embax.plan(feature(table))
+    tables, ones = _tables(plan), jnp.ones((1, 4))
+    _, residuals = embax.lookup(plan, tables, embax.preprocess(plan, np.array([[1, 2, 3]])))
+    first = embax.update(plan, tables, residuals, ones)
+    rate[0] = 0.25
+    second = embax.update(plan, tables, residuals, ones)
+    assert float(first["item"].table[1, 0]) == -0.5 and float(second["item"].table[1, 0]) == -0.25

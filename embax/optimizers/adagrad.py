@@ -121,6 +121,7 @@ class AdagradMomentum(Optimizer):
         super().__post_init__()
         self._require("beta2", 0 < self.beta2 <= 1, "must be in (0, 1]; 1 adds squared gradients up")
         self._require("exponent", self.exponent > 0, "must be greater than 0")
+        self._require("initial_accumulator_value", self.initial_accumulator_value >= 0, "must not be negative")
 
     def slots(self) -> AdagradMomentumSlotVariables:
         return AdagradMomentumSlotVariables(Slot(self.initial_accumulator_value), Slot(self.initial_momentum_value))

@@ -80,8 +80,15 @@ class Optimizer(abc.ABC):
         if isinstance(self.learning_rate, (np.ndarray, np.generic, jax.Array)) and self.learning_rate.ndim == 0:
             object.__setattr__(self, "learning_rate", float(self.learning_rate))
         _check_learning_rate(type(self).__name__, self.learning_rate)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float:
+                self._require(field.name, _is_finite(value), "must be a finite number")
+            elif field.type is bool:
+                self._require(field.name, isinstance(value, (bool, np.bool_)), "must be True or False")
         if self.row_clip_norm is not None:
-            self._require("row_clip_norm", self.row_clip_norm > 0, "must be greater than 0, or None for no clipping")
+            positive = _is_finite(self.row_clip_norm) and self.row_clip_norm > 0
+            self._require("row_clip_norm", positive, "must be greater than 0, or None for no clipping")
         for name in ("l2_weight_decay", "decoupled_weight_decay"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
 
@@ -238,6 +245,10 @@ def step_or_zero(step) -> jax.Array:
     return scalar(0 if step is None else step)
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _positional_count(function: Callable) -> int:
     required = [
         p
@@ -254,5 +265,5 @@ def _check_learning_rate(owner: str, rate: Any) -> None:
                 f"{owner}: learning_rate takes {_positional_count(rate)} arguments; it must be a number, "
                 "a callable of no argument, or a callable of the step"
             )
-    elif not isinstance(rate, numbers.Real) or isinstance(rate, bool) or not math.isfinite(rate):
+    elif not _is_finite(rate):
         raise ValueError(f"{owner}: learning_rate={rate!r} must be a finite number or a callable")

@@ -56,6 +56,7 @@ class FTRL(Optimizer):
         self._require("learning_rate_power", self.learning_rate_power <= 0, "must not be positive")
         for name in ("l1_regularization_strength", "l2_regularization_strength", "beta"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
+        self._require("initial_accumulator_value", self.initial_accumulator_value >= 0, "must not be negative")
 
     def slots(self) -> FTRLSlotVariables:
         return FTRLSlotVariables(Slot(self.initial_accumulator_value), Slot(self.initial_linear_value))

@@ -8,6 +8,7 @@ it, so construction probes it: two rows stepped together must move as they do ap
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class Optax(Optimizer):
     """Runs an ``optax.GradientTransformation`` on the touched rows.
 
     Args:
+      learning_rate: left alone, or the transformation itself as the only argument.
       transformation: row-local, with its learning rate inside: ``optax.adam(1e-3)``, ``optax.rmsprop(1e-2)``.
 
     Raises:
@@ -35,7 +37,7 @@ class Optax(Optimizer):
         table-shaped nor a count of steps, or a rate or decoupled decay is set outside of it.
 
     >>> import optax
-    >>> len(Optax(transformation=optax.adam(1e-3)).slots())
+    >>> len(Optax(optax.adam(1e-3)).slots())
     2
     """
 
@@ -43,6 +45,10 @@ class Optax(Optimizer):
     transformation: Any = None
 
     def __post_init__(self):
+        if self.transformation is None and hasattr(self.learning_rate, "update"):
+            # Optax(optax.adam(0.1)) is what one writes.
+            object.__setattr__(self, "transformation", self.learning_rate)
+            object.__setattr__(self, "learning_rate", 1.0)
         super().__post_init__()
         if not (hasattr(self.transformation, "init") and hasattr(self.transformation, "update")):
             raise ValueError(
@@ -59,10 +65,7 @@ class Optax(Optimizer):
             _check_row_local(self.transformation)
 
     def slots(self) -> tuple[Slot, ...]:
-        with jax.ensure_compile_time_eval():
-            state = _init(self.transformation, jnp.zeros((2, 3), jnp.float32))
-        leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.shape(leaf) == (2, 3)]
-        return tuple(Slot(float(leaf[0, 0]), dtype=str(leaf.dtype)) for leaf in leaves)
+        return _slots(self.transformation)
 
     def hyperparameters(self, step) -> OptaxHyperparameters:
         return OptaxHyperparameters(step_or_zero(step))
@@ -85,6 +88,14 @@ class Optax(Optimizer):
             return leaf
 
         return jax.tree.map(fill, _init(self.transformation, rows))
+
+
+@functools.lru_cache(maxsize=256)
+def _slots(transformation) -> tuple[Slot, ...]:
+    with jax.ensure_compile_time_eval():
+        state = _init(transformation, jnp.zeros((2, 3), jnp.float32))
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.shape(leaf) == (2, 3)]
+    return tuple(Slot(float(leaf[0, 0]), dtype=str(leaf.dtype)) for leaf in leaves)
 
 
 def _init(transformation, rows):

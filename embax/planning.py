@@ -127,7 +127,8 @@ def plan(
 
     Args:
       features: FeatureSpecs in any pytree; ids, weights and activations will have its structure.
-      stacks: "auto": tables that agree in embedding_dim, dtype, optimizer and quantization share one array;
+      stacks: "auto": tables that agree in embedding_dim, dtype, optimizer and quantization share one array
+        (schedules agree when they are one object: make a schedule once, not once per table);
         "none": every table has its own; a mapping from stack names to table names: those, the rest alone.
       capacity: ids per batch that a ragged feature may bring, by feature name; without it, capacities are
         rounded up, so that a new batch seldom compiles anew.

@@ -20,6 +20,7 @@ from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import Plan, StackPlan, TablePlan
 
 BLOCK_ROWS = 65_536
+SMALLEST_BLOCK = 1024
 
 
 class TableState(NamedTuple):
@@ -99,7 +100,7 @@ def _filled(values: jax.Array, key: jax.Array, table: TablePlan, exact_tail: boo
             values = jax.block_until_ready(write(index, values))
     if tail:
         # Sizes are rounded up to a power of two, so that tables of all sizes share a few programs.
-        rows = 1 << (tail - 1).bit_length() if exact_tail else BLOCK_ROWS
+        rows = max(SMALLEST_BLOCK, 1 << (tail - 1).bit_length()) if exact_tail else BLOCK_ROWS
         block = _made(table.initializer, jax.random.fold_in(key, whole), rows, values)
         values = _write(values, block, table.row_offset + whole * BLOCK_ROWS, tail)
     return values

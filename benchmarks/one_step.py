@@ -49,12 +49,15 @@ def embax_step(rows: int, optimizer: embax.Optimizer, backend: str | None) -> Ca
     @functools.partial(jax.jit, donate_argnums=0)
     def step(tables, batch):
         activations, residuals = embax.lookup(plan, tables, batch)
-        gradients = jax.grad(lambda a: (a * target).sum())(activations)
-        return embax.update(plan, tables, residuals, gradients, 0)
+        loss, gradients = jax.value_and_grad(lambda a: (a * target).sum())(activations)
+        return embax.update(plan, tables, residuals, gradients, 0), loss
+
+    losses: list[float] = []
 
     def run(ids):
         nonlocal state
-        state = jax.block_until_ready(step(state, embax.preprocess(plan, ids)))
+        state, loss = jax.block_until_ready(step(state, embax.preprocess(plan, ids)))
+        losses.append(float(loss))
 
     return run
 
@@ -69,13 +72,16 @@ def dense_step(rows: int, optimizer: optax.GradientTransformation) -> Callable[[
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, ids):
         params, optimizer_state = state
-        gradients = jax.grad(lambda p: (model.apply(p, ids).sum(1) * target).sum())(params)
+        loss, gradients = jax.value_and_grad(lambda p: (model.apply(p, ids).sum(1) * target).sum())(params)
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return optax.apply_updates(params, changes), optimizer_state
+        return (optax.apply_updates(params, changes), optimizer_state), loss
+
+    losses: list[float] = []
 
     def run(ids):
         nonlocal state
-        state = jax.block_until_ready(step(state, jnp.asarray(ids, jnp.int32)))
+        state, loss = jax.block_until_ready(step(state, jnp.asarray(ids, jnp.int32)))
+        losses.append(float(loss))
 
     return run
 

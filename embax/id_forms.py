@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 FORMS = {
     "ids": "an integer array, a list of sequences, embax.RaggedIds, embax.CooIds (a whole feature) or an Arrow array",
@@ -38,7 +39,7 @@ class RaggedIds:
     @classmethod
     def from_lengths(cls, values: Any, lengths: Any) -> "RaggedIds":
         """Returns the ids whose sample s has ``lengths[s]`` of them."""
-        if isinstance(lengths, jax.core.Tracer):
+        if isinstance(lengths, Tracer):
             if lengths.ndim != 1 or not jax.numpy.issubdtype(lengths.dtype, np.integer):
                 raise ValueError(
                     f"RaggedIds: lengths are {lengths.dtype}{lengths.shape}; they must be integers [samples]"
@@ -146,7 +147,8 @@ def is_flat(leaf: Any) -> bool:
         return first is not None and not _is_sequence(first)
     if _is_arrow(leaf):
         return not _is_arrow_list(leaf)
-    return not isinstance(leaf, (RaggedIds, CooIds)) and np.ndim(leaf) == 1 and np.asarray(leaf).dtype.kind != "O"
+    kind = getattr(getattr(leaf, "dtype", None), "kind", "")
+    return not isinstance(leaf, (RaggedIds, CooIds)) and np.ndim(leaf) == 1 and kind != "O"
 
 
 def _check_end(lengths: np.ndarray, count: int, owner: str, rule: str) -> None:
@@ -161,12 +163,12 @@ def _plain(leaf: Any, what: str, words: Words) -> Any:
     """Returns ``leaf`` as a list or tuple, RaggedIds, an Arrow array or a NumPy array without objects; else raises."""
     if isinstance(leaf, (list, tuple, RaggedIds)) or (type(leaf) is np.ndarray and leaf.dtype.kind != "O"):
         return leaf
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         raise TypeError(f"{words()} are traced values; inside jit use embax.preprocess_traced")
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise ValueError(f"{words()} are a masked array; fill it, masked ids with the feature's padding_id")
     if _is_arrow(leaf):
-        return leaf.combine_chunks() if hasattr(leaf, "num_chunks") else leaf
+        return _contiguous(leaf)
     if not hasattr(leaf, "__array__"):
         shown = "missing (None)" if leaf is None else f"of type {type(leaf).__name__}"
         raise TypeError(f"{words()} are {shown}; give {FORMS.get(what, 'a flat array of integers')}")
@@ -260,13 +262,13 @@ def _values(leaf: Any, what: str, place: Place, words: Words) -> np.ndarray:
 
 def _listed(values: Sequence[Any], what: str, place: Place) -> np.ndarray:
     odd = _odd_types(values, what)
-    if odd and not any(issubclass(kind, jax.core.Tracer) for kind in odd):
+    if odd and not any(issubclass(kind, Tracer) for kind in odd):
         # Arrays of no dimension and scalars of other libraries count as the Python number they hold.
         values = [v.item() if type(v) in odd and hasattr(v, "item") and np.ndim(v) == 0 else v for v in values]
         odd = _odd_types(values, what)
     if odd:
         index, value = next((i, v) for i, v in enumerate(values) if type(v) in odd)
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise TypeError(f"{place(index)} hold a traced value; inside jit use embax.preprocess_traced")
         if _is_sequence(value):
             raise _too_deep(place(index), value)
@@ -330,6 +332,10 @@ def _too_deep(owner: str, entry: Any) -> ValueError:
 def _is_arrow(leaf: Any) -> bool:
     # Told by name, so that embax needs no Arrow; whoever has a column has it imported.
     return type(leaf).__module__.partition(".")[0] == "pyarrow" and hasattr(leaf, "null_count")
+
+
+def _contiguous(column: Any) -> Any:
+    return column.combine_chunks() if hasattr(column, "num_chunks") else column
 
 
 def _is_arrow_list(leaf: Any) -> bool:

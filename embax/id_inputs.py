@@ -23,21 +23,20 @@ class Flat(NamedTuple):
     """Values of a feature, sample after sample.
 
     ``values`` are integers of any width, or Python integers where 64 bits hold not all; ``weights`` are numbers, one
-    for each, or None. Every sample has ``valency`` values where the input is a rectangle, else ``lengths`` says how
-    many each has; the other is None. ``truncated`` counts the values cut off sequences that were too long.
+    for each, or None. ``lengths`` says how many values each sample has: one number for all where the input is a
+    rectangle. ``truncated`` counts the values cut off sequences that were too long.
     """
 
     values: np.ndarray
     weights: np.ndarray | None
     samples: int
-    lengths: np.ndarray | None
-    valency: int | None
+    lengths: np.ndarray | int
     truncated: int
 
     def sample_of(self, index: int) -> int:
         """Returns the sample of value ``index``."""
-        if self.lengths is None:
-            return index // (self.valency or 1)
+        if isinstance(self.lengths, int):
+            return index // max(self.lengths, 1)
         return int(np.searchsorted(np.cumsum(self.lengths), index, side="right"))
 
 
@@ -147,13 +146,13 @@ def _placed(feature: FeaturePlan, nested: Nested, weights: np.ndarray | None) ->
     values = nested.values
     if nested.shape is not None:
         valency = nested.shape[-1] if feature.pooled and len(nested.shape) > 1 + len(feature.positions) else 1
-        return Flat(values, weights, nested.shape[0] * feature.samples_per_row, None, valency, 0)
+        return Flat(values, weights, nested.shape[0] * feature.samples_per_row, valency, 0)
     levels = list(nested.levels)
     if not feature.positions:
-        return Flat(values, weights, len(levels[0]), levels[0], None, 0)
+        return Flat(values, weights, len(levels[0]), levels[0], 0)
     sample = np.arange(len(levels[0]))
     for depth, limit in enumerate(feature.positions):
-        position = _positions(feature, levels[depth], sample, limit)
+        position = _positions(feature, levels[depth], sample, depth)
         keep = (position >= 0) & (position < limit)
         sample = (np.repeat(sample, levels[depth]) * limit + position)[keep]
         for below in range(depth + 1, len(levels)):
@@ -162,17 +161,19 @@ def _placed(feature: FeaturePlan, nested: Nested, weights: np.ndarray | None) ->
     samples = len(levels[0]) * feature.samples_per_row
     lengths = np.zeros(samples, np.int64)
     lengths[sample] = levels[-1] if feature.pooled else 1
-    return Flat(values, weights, samples, lengths, None, len(nested.values) - len(values))
+    return Flat(values, weights, samples, lengths, len(nested.values) - len(values))
 
 
-def _positions(feature: FeaturePlan, lengths: np.ndarray, sample: np.ndarray, limit: int) -> np.ndarray:
+def _positions(feature: FeaturePlan, lengths: np.ndarray, sample: np.ndarray, depth: int) -> np.ndarray:
     """Returns the position of every entry of one level; those outside of ``[0, limit)`` are to be cut off."""
+    limit = feature.positions[depth]
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     over = lengths > limit
     if over.any() and feature.truncate == "error":
         worst = int(np.argmax(over))
+        where = sample[worst] // math.prod(feature.positions[:depth])
         raise ValueError(
-            f'feature "{feature.name}": ids of sample {sample[worst]} have {lengths[worst]} positions, and the maximum '
+            f'feature "{feature.name}": ids of sample {where} have {lengths[worst]} positions, and the maximum '
             f'is {limit}; raise it in input_shape and output_shape, or set truncate="keep_first" or "keep_last"'
         )
     if feature.truncate == "keep_last":
@@ -201,7 +202,7 @@ def _flatten_coo(feature: FeaturePlan, coo: CooIds, weights: Any) -> Flat:
     if (samples[1:] < samples[:-1]).any():
         order = _stable_order(samples)
         values, weights = values[order], None if weights is None else weights[order]
-    return Flat(values, weights, count, np.bincount(samples, minlength=count), None, 0)
+    return Flat(values, weights, count, np.bincount(samples, minlength=count), 0)
 
 
 def _stable_order(samples: np.ndarray) -> np.ndarray:

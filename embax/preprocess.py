@@ -17,15 +17,14 @@ from embax.planning import FeaturePlan, Plan, StackPlan
 class Column(NamedTuple):
     """The ids of one feature, ready for its stack.
 
-    ``values`` are ids of the feature's table, except where ``absent`` (None: none is). ``counts`` are the feature's
-    ``Statistics``.
+    ``values`` are ids of the feature's table, except where ``absent`` (None: none is). ``lengths`` are the ids of each
+    sample, one number for all in a rectangle; ``counts`` the feature's ``Statistics``.
     """
 
     values: np.ndarray
     absent: np.ndarray | None
     samples: int
-    lengths: np.ndarray | None
-    valency: int | None
+    lengths: np.ndarray | int
     gains: np.ndarray | None
     counts: tuple[int, int, int, int, int]
 
@@ -74,14 +73,14 @@ def _column(feature: FeaturePlan, flat: Flat) -> Column:
     values, weights, lengths = flat.values, flat.weights, flat.lengths
     if weights is not None:
         weights = _checked_weights(feature, flat, absent)
-    if values.dtype == object:
-        values = np.asarray([0 if gone else value for value, gone in zip(values, absent, strict=True)], np.int64)
-    if absent is not None and lengths is not None:
+    if absent is not None and values.dtype == object:  # what fits no 64 bits is absent
+        values = np.where(absent, 0, values).astype(np.int64)
+    if absent is not None and not isinstance(lengths, int):
         values, weights = values[~absent], None if weights is None else weights[~absent]
         lengths, absent = _counts(lengths, ~absent), None
     gains = _gains(feature, flat, lengths, weights, absent)
-    if feature.pooled or lengths is None:
-        return Column(values, absent, flat.samples, lengths, flat.valency, gains, counts)
+    if feature.pooled or isinstance(lengths, int):
+        return Column(values, absent, flat.samples, lengths, gains, counts)
     return _one_per_position(values, lengths, gains, counts)
 
 
@@ -146,7 +145,7 @@ def _checked_weights(feature: FeaturePlan, flat: Flat, absent: np.ndarray | None
 def _gains(
     feature: FeaturePlan,
     flat: Flat,
-    lengths: np.ndarray | None,
+    lengths: np.ndarray | int,
     weights: np.ndarray | None,
     absent: np.ndarray | None,
 ) -> np.ndarray | None:
@@ -154,25 +153,28 @@ def _gains(
 
     Which of the two is decided by the plan and the form of the input, never by the data: it is static under jit.
     """
-    combiner, each = feature.table.combiner, flat.valency if lengths is None else lengths
+    combiner = feature.table.combiner
     if weights is None:
-        if combiner == "sum" or not feature.pooled or flat.valency == 1:
+        if combiner == "sum" or not feature.pooled or (isinstance(lengths, int) and lengths == 1):
             return None
-        present = np.full(flat.samples, each) if lengths is None else lengths
-        if absent is not None:
-            present = present - absent.reshape(flat.samples, each).sum(axis=1)
+        present = np.full(flat.samples, lengths)
+        if absent is not None and isinstance(lengths, int):
+            present -= absent.reshape(flat.samples, lengths).sum(axis=1)
         # All ids of a sample have one gain: that of an id of weight 1 in a sample whose weights add up to their number.
         gains = gains_from_weights(combiner, np.ones(flat.samples), lambda _: present, lambda x: x, np)
-        return np.repeat(gains.astype(np.float32), each)
+        return np.repeat(gains.astype(np.float32), lengths)
 
     def sums(w):
-        return w.reshape(flat.samples, each).sum(axis=1) if lengths is None else _ragged_sums(w, lengths)
+        return w.reshape(flat.samples, lengths).sum(axis=1) if isinstance(lengths, int) else _ragged_sums(w, lengths)
 
-    gains = gains_from_weights(combiner, weights.astype(np.float64), sums, lambda x: np.repeat(x, each), np)
+    def spread(x):
+        return np.repeat(x, lengths)
+
+    gains = gains_from_weights(combiner, weights.astype(np.float64), sums, spread, np)
     with np.errstate(over="ignore"):
         gains = gains.astype(np.float32)
     if not np.isfinite(gains).all():
-        slot = np.repeat(np.arange(flat.samples), each)[np.argmax(~np.isfinite(gains))]
+        slot = spread(np.arange(flat.samples))[np.argmax(~np.isfinite(gains))]
         raise ValueError(
             f'table "{feature.table.name}": combiner "{combiner}" divides by weights that add up to almost zero, and '
             f'float32 cannot hold the result (feature "{feature.name}", sample {slot // feature.samples_per_row}); '
@@ -197,7 +199,7 @@ def _one_per_position(values: np.ndarray, lengths: np.ndarray, gains: np.ndarray
         spread = np.zeros(len(lengths), np.float32)
         spread[taken] = gains
         gains = spread
-    return Column(ids, ~taken, len(lengths), None, 1, gains, counts)
+    return Column(ids, ~taken, len(lengths), 1, gains, counts)
 
 
 def _stack_ids(plan: Plan, stack: StackPlan, columns: list[Column]) -> StackIds:
@@ -221,9 +223,7 @@ def _stack_ids(plan: Plan, stack: StackPlan, columns: list[Column]) -> StackIds:
             rows[column.absent] = stack.rows
         if gains is not None and column.gains is not None:
             gains[0, at:end] = column.gains
-        lengths = column.valency if column.lengths is None else column.lengths
-        ends = np.arange(1, column.samples + 1) * lengths if column.lengths is None else np.cumsum(lengths)
-        offsets[0, sample + 1 : last + 1] = ends + at
+        offsets[0, sample + 1 : last + 1] = _ends(column) + at
         at, sample = end, last
     ids[0, at:] = stack.rows
     if gains is not None:
@@ -233,8 +233,14 @@ def _stack_ids(plan: Plan, stack: StackPlan, columns: list[Column]) -> StackIds:
         offsets=offsets,
         gains=gains,
         samples=tuple(c.samples for c in columns),
-        valencies=tuple(c.valency for c in columns),
+        valencies=tuple(c.lengths if isinstance(c.lengths, int) else None for c in columns),
     )
+
+
+def _ends(column: Column) -> np.ndarray:
+    if isinstance(column.lengths, int):
+        return np.arange(1, column.samples + 1) * column.lengths
+    return np.cumsum(column.lengths)
 
 
 def _capacity(plan: Plan, stack: StackPlan, columns: list[Column]) -> int:
@@ -242,7 +248,7 @@ def _capacity(plan: Plan, stack: StackPlan, columns: list[Column]) -> int:
     fixed, free = 0, None
     for index, column in zip(stack.features, columns, strict=True):
         feature, count = plan.features[index], len(column.values)
-        if column.valency is not None:
+        if isinstance(column.lengths, int):
             fixed += count
         elif feature.capacity is None:
             free = (free or 0) + count

@@ -57,8 +57,8 @@ def preprocess_traced(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
       plan: what ``embax.plan`` gave.
       ids: one entry per feature: an integer array of the feature's input_shape, or, for pooled features
         without positions, ``RaggedIds`` or ``CooIds``. 64-bit ids are cut to 32 bits by JAX before they
-        come here, unless jax_enable_x64 is set or they are still NumPy arrays. Splits that fall are raised to
-        those before them.
+        come here, unless jax_enable_x64 is set or they are still NumPy arrays. Values behind the last
+        split, or of sample ``num_samples``, are room to spare. Splits that fall are raised to those before.
       weights: float arrays, one weight per id: of the shape of dense ids, flat beside the others, or in the form
         of the ids; or None. Where the splits or samples of weights are not those of the ids, the weights are bad.
 
@@ -199,7 +199,7 @@ def _integers(owner: str, leaf: Any, dimensions: int | None = None) -> jax.Array
         raise TypeError(f"{owner} are {leaf.dtype}; they must be integers (use .astype(jnp.int32) if they are whole)")
     if dimensions is not None and len(leaf.shape) != dimensions:
         raise ValueError(f"{owner} have shape {leaf.shape}; they must have one dimension")
-    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+    if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         # JAX would cut these to 32 bits and make other ids of them; the largest int32 is outside of every vocabulary.
         limits = np.iinfo(np.int32)
         leaf = np.where((leaf >= limits.min) & (leaf <= limits.max), leaf, limits.max).astype(np.int32)

@@ -37,6 +37,7 @@ PLANS = {
     "sequence": plan_of((None, 3), (None, 3, 4)),
     "pooled sequence": plan_of((None, 3, 2), (None, 3, 4)),
     "cut sequence": plan_of((None, 2), (None, 2, 4), truncate="keep_first"),
+    "grid": plan_of((None, 3, 2), (None, 3, 2, 4)),
     "declared": embax.plan(feature(table_spec(), "history", (None,)), capacity={"history": 3}),
 }
 
@@ -202,6 +203,12 @@ BAD_IDS["lists within"] = (
     ValueError,
     f"{IDS}: splits end at 1, and there are 2 lists within; the last split must be their number",
 )
+BAD_IDS["too long, second position"] = (
+    "grid",
+    [[[1]], [[1], [1, 2, 3]]],
+    ValueError,
+    f"{IDS} of sample 1 have 3 positions, and the maximum is 2; raise it",
+)
 for kind in ("sequence", "pooled sequence"):
     text = 'feature "history": CooIds fit pooled features only; give a sequence feature nested lists or RaggedIds'
     BAD_IDS[f"CooIds for a {kind}"] = (kind, coo([0], [1], 1), ValueError, text)
@@ -306,6 +313,8 @@ def test_other_structures():
         (lambda x: (embax.CooIds([0, 0], x, 1), None), f"{IDS} are {TRACED}"),
         (lambda x: (embax.CooIds(x, [1, 2], 1), None), f"{SAMPLES} are {TRACED}"),
         (lambda x: ([1, 2], x), f"{W} are {TRACED}"),
+        (lambda x: (ragged([1, 2], 0, 2), x), f"{W} are {TRACED}"),
+        (lambda x: (coo([0, 0], [1, 2], 1), x), f"{W} are {TRACED}"),
         (lambda x: ([[1]], [[x[0]]]), f"{w(0)} hold a traced value"),
     ],
 )

@@ -24,8 +24,18 @@ def test_cases_are_swept():
     assert len(battery.KINDS) == 11 and battery.CASES == 1584
 
 
-@pytest.mark.parametrize("dtype", battery.DTYPES)
-@pytest.mark.parametrize("name", battery.OPTIMIZERS)
+# Rounding to 16 bits is the kernels' work, not the formulas': three formulas stand for all in the default run.
+IN_16_BITS = ("sgd", "rowwise_adagrad", "adam_modified")
+
+
+def _sweep():
+    for name in battery.OPTIMIZERS:
+        for dtype in battery.DTYPES:
+            later = dtype != "float32" and name not in IN_16_BITS
+            yield pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[pytest.mark.nightly] if later else [])
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(_sweep()))
 def test_against_oracle(name, dtype, backend):
     case, rng = battery.OPTIMIZERS[name], np.random.default_rng(sum(map(ord, name + dtype)))
     plan = battery.plan_of(case.make(), dtype, backend)

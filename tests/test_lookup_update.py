@@ -14,8 +14,7 @@ def _tables(plan, seed=0):
     return embax.init(plan, jax.random.key(seed))
 
 
-@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
-@pytest.mark.parametrize("buckets", [2, 16, 256])
+@pytest.mark.parametrize(("combiner", "buckets"), [("sum", 2), ("mean", 16), ("sqrtn", 256)])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_quantized_rows(combiner, buckets, ragged, backend):
     config = embax.QuantizationConfig(min_value=-1.0, max_value=1.5, num_buckets=buckets)

@@ -302,7 +302,9 @@ def test_weights_of_any_size(combiner):
     def gains(weights):
         return embax.preprocess_traced(plan, ids, weights).stacks["item"].gains[0]
 
-    run = jax.jit(jax.value_and_grad(lambda w: (jnp.sum(gains(w) * jnp.array([1.0, 2.0, 3.0])), gains(w)), has_aux=True))
+    run = jax.jit(
+        jax.value_and_grad(lambda w: (jnp.sum(gains(w) * jnp.array([1.0, 2.0, 3.0])), gains(w)), has_aux=True)
+    )
     for size in (1e-30, 1e-20, 1.0, 1e20, 3e38):
         weights = np.array([size, size / 2, size], np.float32)
         (_, got), gradient = run(weights)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.one_step [--sizes 1e5 1e6 1e7] [--repeats 5] [--optimizer adagrad] [--json FILE]
 
-Each step looks up 8,192 bags of 20 uniform ids in a [V, 64] float32 table, takes the loss and the gradient of a loss that
-is linear in the activations, and updates. Contenders hold their own tables, are donated, and take turns of four steps, as
-steps follow each other in training; the first of a turn is not counted, for it finds the caches full of another's
-table. Host preprocessing is counted. The figures are medians.
+Each step looks up 8,192 bags of 20 uniform ids in a [V, 64] float32 table, takes the loss and the gradient of a loss
+that is linear in the activations, and updates. Contenders hold their own tables, are donated, and take turns of four
+steps, as steps follow each other in training; the first of a turn is not counted, for it finds the caches full of
+another's table. Host preprocessing is counted. The figures are medians.
 """
 
 import argparse

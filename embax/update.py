@@ -1,13 +1,14 @@
 """activation gradients -> tables: ``lookup`` in a mirror."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from embax import kernels
+from embax.id_batch import StackIds
 from embax.lookup import Residuals, activation_shape
 from embax.optimizers.base import Optimizer
 from embax.planning import Plan, StackPlan
@@ -140,7 +141,9 @@ def _hyper(optimizer: Optimizer, step: Any) -> tuple:
     return optimizer.modifiers(step), optimizer.hyperparameters(step)
 
 
-def _parts(plan: Plan, residuals: Residuals, leaves: list[jax.Array]):
+def _parts(
+    plan: Plan, residuals: Residuals, leaves: list[jax.Array]
+) -> Iterator[tuple[StackPlan, StackIds, jax.Array, jax.Array]]:
     """Yields (stack, ids, token, float32 gradients of all its samples)."""
     for stack in plan.stacks:
         ids = residuals.batch.stacks[stack.name].shard(0)

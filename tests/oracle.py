@@ -180,9 +180,7 @@ def adagrad(row: Array, gradient: Array, slots: Slots, step: Step, *, learning_r
     return row - learning_rate * gradient / np.sqrt(a), {"accumulator": a}
 
 
-def rowwise_adagrad(
-    row: Array, gradient: Array, slots: Slots, step: Step, *, learning_rate: float = 0.001
-) -> Result:
+def rowwise_adagrad(row: Array, gradient: Array, slots: Slots, step: Step, *, learning_rate: float = 0.001) -> Result:
     """a += mean(g^2), one number a row; w -= lr g / sqrt(a)."""
     del step
     a = slots["accumulator"] + np.mean(gradient**2)

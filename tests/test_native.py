@@ -71,9 +71,7 @@ def run_program(library):
     """The program above in a fresh process that is told to load `library`."""
     environment = dict(os.environ, EMBAX_NATIVE_LIBRARY=str(library), JAX_PLATFORMS="cpu")
     environment["PYTHONPATH"] = str(Path(native.__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -126,9 +124,7 @@ def test_threads_do_not_change_bits():
     table, ids, offsets, gains = problem(1000, 16, list(lengths), with_gains=True)
     assert offsets[-1] > 40_000  # far beyond the size at which threads start
     whole = check(table, ids, offsets, gains)
-    parts = [
-        check(table, ids, offsets[s : s + 101], gains) for s in range(0, 500, 100)
-    ]  # too few ids for threads
+    parts = [check(table, ids, offsets[s : s + 101], gains) for s in range(0, 500, 100)]  # too few ids for threads
     np.testing.assert_array_equal(whole[:500], np.concatenate(parts))
 
 

@@ -71,9 +71,7 @@ def test_pool_by_hand():
     np.testing.assert_array_equal(oracle.pool(table, samples, None, "sum"), [[11, 14], [0, 0], [3, 4]])
     np.testing.assert_allclose(oracle.pool(table, samples, None, "mean"), [[11 / 3, 14 / 3], [0, 0], [3, 4]])
     root = math.sqrt(3)
-    np.testing.assert_allclose(
-        oracle.pool(table, samples, None, "sqrtn"), [[11 / root, 14 / root], [0, 0], [3, 4]]
-    )
+    np.testing.assert_allclose(oracle.pool(table, samples, None, "sqrtn"), [[11 / root, 14 / root], [0, 0], [3, 4]])
     weights = [[2, 1, 1], [], [-1]]  # mean: (2 [1,2] + 2 [5,6]) / 4, and -[3,4] / -1
     np.testing.assert_allclose(oracle.pool(table, samples, weights, "mean"), [[3, 4], [0, 0], [3, 4]])
 
@@ -110,9 +108,7 @@ def test_dense_and_ragged_samples():
 
 
 def test_row_gradients_by_hand():
-    gradients = oracle.row_gradients(
-        [[0, 2, 2], [2], []], None, "mean", [[3.0, 6.0], [10.0, 20.0], [7.0, 7.0]]
-    )
+    gradients = oracle.row_gradients([[0, 2, 2], [2], []], None, "mean", [[3.0, 6.0], [10.0, 20.0], [7.0, 7.0]])
     assert list(gradients) == [0, 2]
     np.testing.assert_allclose(gradients[0], [1, 2])
     np.testing.assert_allclose(gradients[2], [12, 24])  # 1/3 twice, then 1
@@ -175,9 +171,7 @@ def test_adagrad_by_hand():
 
 def test_rowwise_adagrad_by_hand():
     slots = {"accumulator": np.array([4.0])}  # the mean of 9 and 1 is 5: the root of 4 + 5 is 3
-    row, slots = oracle.step_row(
-        "rowwise_adagrad", [1.0, 1.0], [3.0, -1.0], slots, hyper={"learning_rate": 0.3}
-    )
+    row, slots = oracle.step_row("rowwise_adagrad", [1.0, 1.0], [3.0, -1.0], slots, hyper={"learning_rate": 0.3})
     np.testing.assert_allclose(row, [0.7, 1.1])
     np.testing.assert_array_equal(slots["accumulator"], [9.0])
 
@@ -327,9 +321,7 @@ def test_f2a_by_hand(step, cap, row):
             (
                 "adagrad_momentum",
                 {"momentum": 0.7, "epsilon": 0.2, "use_nesterov": nesterov},
-                optax.chain(
-                    optax.scale_by_rss(0.1, eps=0.2), optax.trace(0.7, nesterov=nesterov), optax.scale(-0.1)
-                ),
+                optax.chain(optax.scale_by_rss(0.1, eps=0.2), optax.trace(0.7, nesterov=nesterov), optax.scale(-0.1)),
             )
             for nesterov in (False, True)
         ),
@@ -442,9 +434,7 @@ def test_modifiers_compose_around_every_optimizer(name):
 def test_update_is_one_step_per_touched_row_and_nothing_else(name, combiner, modifiers):
     table, cotangent, slots = _random(6, 6, 3), _random(7, 4, 3), oracle.initial_slots(name, 6, 3)
     before = copy.deepcopy((table, slots))
-    new_table, new_slots = oracle.update(
-        table, slots, SAMPLES, WEIGHTS, combiner, cotangent, name, step=2, **modifiers
-    )
+    new_table, new_slots = oracle.update(table, slots, SAMPLES, WEIGHTS, combiner, cotangent, name, step=2, **modifiers)
     np.testing.assert_equal((table, slots), before)
     gradient = np.zeros((6, 3))
     for s, ids in enumerate(SAMPLES):

@@ -120,7 +120,8 @@ def _update(plan, backend, tables, residuals, leaves, hyper):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _row_gradients(plan, backend, residuals, leaves):
     kernel = kernels.get(backend)
-    return {stack.name: kernel.row_gradients(stack, *rest) for stack, *rest in _parts(plan, residuals, leaves)}
+    parts = _parts(plan, residuals, leaves)
+    return {stack.name: kernel.row_gradients(stack, ids, token, values) for stack, ids, token, values in parts}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,6 +6,7 @@ nothing in the loop waits for a result but the progress bar, now and then.
 
 import dataclasses
 import functools
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ class Trainer:
         shuffle, key = np.random.default_rng(seed), jax.random.key(seed)
         labels = data.label.astype(np.float32)
         start = time.perf_counter()
-        with tqdm(total=self.steps * size, desc=title, unit=" samples", unit_scale=True) as bar:
+        every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log keeps every line that a terminal overwrites
+        with tqdm(total=self.steps * size, desc=title, unit=" samples", unit_scale=True, mininterval=every) as bar:
             for step in range(self.steps):
                 first = step % (self.steps // self.recipe.epochs) * size
                 if not first:

@@ -27,7 +27,7 @@ _INSTRUCTION = re.compile(
     r"^\s*(ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
-_HLO_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_HLO_LETTERS = {"float": "f", "bfloat": "bf", "int": "s", "uint": "u"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StepReport:
 
     @property
     def ok(self) -> bool:
-        """True if nothing table-sized is computed, copied or allocated."""
+        """True if nothing of a table's shape is computed or copied; ``temp_bytes`` is for the reader to judge."""
         return not self.table_sized
 
     def __str__(self):
@@ -95,8 +95,9 @@ def check_step(function: Callable, *args: Any, donate_argnums: int | tuple[int, 
     shapes = {_hlo_shape(array) for array in arrays}
     found, writes = _inspect(compiled.as_text() or "", shapes)
     memory = compiled.memory_analysis()
-    bytes_ = sum(array.size * array.dtype.itemsize for array in arrays)
-    return StepReport(tuple(found), writes, int(getattr(memory, "temp_size_in_bytes", -1)), int(bytes_))
+    sizes = [int(array.size) * array.dtype.itemsize for array in arrays]
+    temporaries = int(getattr(memory, "temp_size_in_bytes", -1))
+    return StepReport(tuple(found), writes, temporaries, sum(sizes))
 
 
 def _table_arrays(tree: Any) -> list[Any]:
@@ -105,8 +106,9 @@ def _table_arrays(tree: Any) -> list[Any]:
 
 
 def _hlo_shape(array: Any) -> str:
-    dtype = _HLO_DTYPES.get(str(array.dtype), str(array.dtype))
-    return f"{dtype}[{','.join(map(str, array.shape))}]"
+    dtype = str(array.dtype)
+    letters = dtype.rstrip("0123456789")
+    return f"{_HLO_LETTERS.get(letters, letters)}{dtype[len(letters) :]}[{','.join(map(str, array.shape))}]"
 
 
 def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
@@ -124,9 +126,14 @@ def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
     found, writes = [], 0
     for computation, match in instructions:
         shape = match["shape"].partition("{")[0]
-        if computation in fused or shape not in shapes or match["op"] in _FREE:
-            continue
         op = match["op"]
+        if shape not in shapes or op in _FREE:
+            continue
+        if computation in fused:
+            # Arithmetic on a whole table may hide in a fusion that ends in a write.
+            if roots.get(computation) in _WRITES and op not in _WRITES:
+                found.append(f"{op} {match['name']} {shape}")
+            continue
         if op == "fusion":
             called = re.search(r"calls=%?([\w.\-]+)", match["rest"])
             op = roots.get(called[1], op) if called else op

@@ -90,6 +90,10 @@ class Plan:
             object.__setattr__(self, "_hash", cached)
         return cached
 
+    def __getstate__(self):
+        # Hashes differ between processes: the kept one must not travel with the plan.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     def stack(self, name: str) -> StackPlan:
         """Returns the stack of that name; KeyError lists the names there are."""
         for stack in self.stacks:

@@ -161,7 +161,7 @@ def _has_exact_tail(stack: StackPlan, table: TablePlan, key: jax.Array) -> bool:
 
 
 def to_arrays(plan: Plan, tables: Mapping[str, TableState]) -> dict[str, dict[str, jax.Array]]:
-    """Returns every table by its own name: ``{table: {"table": [V, D], slot name: [V, D] or [V, 1]}}``.
+    """Returns a copy of every table by its own name: ``{table: {"table": [V, D], slot name: [V, D] or [V, 1]}}``.
 
     >>> import jax, embax
     >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
@@ -177,7 +177,9 @@ def to_arrays(plan: Plan, tables: Mapping[str, TableState]) -> dict[str, dict[st
         for table in stack.tables:
             rows = slice(table.row_offset, table.row_offset + table.vocabulary_size)
             named = zip(slot_names(stack.optimizer), state.slots, strict=True)
-            arrays[table.name] = {"table": state.table[rows], **{name: slot[rows] for name, slot in named}}
+            parts = {"table": state.table, **dict(named)}
+            # A copy even where the table is the whole stack: donating the tables must not delete what was taken out.
+            arrays[table.name] = {name: jnp.copy(part[rows]) for name, part in parts.items()}
     return arrays
 
 
@@ -200,6 +202,11 @@ def from_arrays(plan: Plan, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ("table", *slots)}
         for table in stack.tables:
             given = arrays[table.name]
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f'from_arrays: table "{table.name}" is given as a {type(given).__name__}; give {{"table": array}}, '
+                    "and slots by name"
+                )
             unknown = set(given) - set(parts)
             if unknown or "table" not in given:
                 raise ValueError(
@@ -216,7 +223,10 @@ def from_arrays(plan: Plan, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str
                     raise ValueError(
                         f'from_arrays: {name} of table "{table.name}" has shape {np.shape(value)}; it must be {wanted}'
                     )
-                collected.append(np.asarray(value).astype(jnp.dtype(dtype)))
+                value = np.asarray(value)
+                if value.dtype.kind == "V" and value.dtype.itemsize == jnp.dtype(dtype).itemsize:
+                    value = value.view(jnp.dtype(dtype))  # numpy.savez forgets the name of bfloat16
+                collected.append(value.astype(jnp.dtype(dtype)))
         joined = {name: jnp.asarray(np.concatenate(values)) for name, values in parts.items()}
         values = joined.pop("table")
         state[stack.name] = TableState(values, _like(stack.optimizer, list(joined.values())))
@@ -236,6 +246,8 @@ def _like(optimizer: Optimizer, values: list) -> Any:
 
 def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
     """Raises ValueError unless ``tables`` are those of ``plan``, by name and shape."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"a {type(plan).__name__} is not a Plan; the arguments are plan, tables, ... in this order")
     names = {stack.name for stack in plan.stacks}
     if not isinstance(tables, Mapping) or not all(isinstance(state, TableState) for state in tables.values()):
         raise TypeError(

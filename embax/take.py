@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from embax.row_gradients import RowGradients, sum_rows
 
@@ -76,6 +77,10 @@ def _rows(ids: jax.Array, vocabulary_size: int) -> jax.Array:
 
 
 def _integers(ids: Any) -> jax.Array:
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" and ids.dtype.itemsize == 8:
+        # Without jax_enable_x64 JAX would cut these to 32 bits and make other ids of them; the ends are outside.
+        limits = np.iinfo(np.int32)
+        ids = np.clip(ids, limits.min, limits.max).astype(np.int32)
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"Input type must be an integer or unsigned integer; ids are {ids.dtype}.")

@@ -40,6 +40,22 @@ def test_bare_arrays_are_tables_where_they_are_donated():
         embax.check_step(sparse, jnp.zeros((1000, 4)), jnp.array([3]))
 
 
+def test_arithmetic_inside_a_writing_fusion_is_found():
+    state = embax.TableState(jnp.zeros((1000, 4)), ())
+
+    def decay(state, row):
+        return embax.TableState(jax.lax.dynamic_update_slice(state.table * 0.99, jnp.ones((1, 4)), (row, 0)), ())
+
+    assert not embax.check_step(decay, state, jnp.int32(3), donate_argnums=0).ok
+
+
+def test_tables_of_any_dtype_are_tables():
+    for dtype in (jnp.int32, jnp.int8, jnp.uint16, jnp.float16):
+        state = embax.TableState(jnp.zeros((1000, 4), dtype), ())
+        report = embax.check_step(lambda s: embax.TableState(s.table * s.table, ()), state, donate_argnums=0)
+        assert not report.ok, dtype
+
+
 def test_shapes_are_enough():
     state = embax.TableState(jax.ShapeDtypeStruct((1000, 4), jnp.bfloat16), ())
 

@@ -123,6 +123,21 @@ def test_tables_go_to_arrays_and_back():
     )
 
 
+def test_arrays_outlive_donation_and_numpy_files(tmp_path):
+    plan = embax.plan(feature(table_spec(dtype="bfloat16")))
+    tables = _tables(plan)
+    arrays = embax.to_arrays(plan, tables)["item"]
+    np.savez(tmp_path / "item.npz", **arrays)
+    before = np.asarray(arrays["table"])
+    jax.jit(lambda t: jax.tree.map(jnp.zeros_like, t), donate_argnums=0)(tables)
+    assert np.array_equal(arrays["table"], before)
+    with np.load(tmp_path / "item.npz") as stored:
+        again = embax.from_arrays(plan, {"item": dict(stored)})
+    assert np.array_equal(again["item"].table, before) and again["item"].table.dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match='from_arrays: table "item" is given as a ndarray; give {"table": array}'):
+        embax.from_arrays(plan, {"item": before})
+
+
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
@@ -198,6 +213,8 @@ def test_all_of_it_under_x64(ragged):
         assert activations.dtype == jnp.float32
         after = embax.update(plan, tables, residuals, activations, 3)
         merged = embax.row_gradients(plan, residuals, activations)["item"]
+        applied = embax.apply_row_gradients(plan, tables, {"item": merged}, 3)
+        np.testing.assert_allclose(applied["item"].table, after["item"].table, rtol=1e-5)
         assert (merged + merged).count() == 5 and after["item"].table.dtype == jnp.float32
         traced = jax.jit(lambda i: embax.preprocess_traced(plan, i))
         if not ragged:

@@ -146,9 +146,39 @@ def test_errors_name_class_field_value_rule(make, text):
     assert text in str(error.value)
 
 
-def test_stablehlo_alone_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="stablehlo programs do not run yet; pass custom_computation_fn"):
-        embax.Custom(0.1, stablehlo="module {}")
+def _adagrad(gradient, row, accumulator, rate):
+    accumulator = accumulator + gradient * gradient
+    return row - rate * gradient / jnp.sqrt(accumulator), accumulator
+
+
+@pytest.mark.parametrize("limits", [(None, None), (-0.5, 0.75)])
+def test_a_program_steps_like_its_function(limits):
+    text = embax.Custom.lower_to_stablehlo(_adagrad, 3, 1)
+    text = embax.Custom.wrap_stablehlo_with_limits(text, 3, 1, 1, *limits)
+    program = embax.Custom(0.1, stablehlo=text, slot_variable_initializers_tuple=(0.1,))
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    gradient = embax.RowGradients(jnp.array([1, 4, 6]), jnp.asarray(rng.normal(size=(3, 3)), jnp.float32), 6)
+    ours = embax.apply_rows(program, embax.init_slots(program, table), gradient)
+    wanted = embax.apply_rows(embax.Adagrad(0.1), embax.init_slots(embax.Adagrad(0.1), table), gradient)
+    touched = np.asarray(wanted.table)[[1, 4]]
+    if limits[0] is not None:
+        touched = np.clip(touched, *limits)
+    np.testing.assert_allclose(ours.table[jnp.array([1, 4])], touched, rtol=1e-6)
+    np.testing.assert_array_equal(ours.table[jnp.array([0, 2, 3, 5])], table[jnp.array([0, 2, 3, 5])])
+    np.testing.assert_allclose(ours.slots[0], wanted.slots.accumulator, rtol=1e-6)
+
+
+def test_programs_that_do_not_fit_are_refused():
+    text = embax.Custom.lower_to_stablehlo(lambda gradient, row, rate: row - rate * gradient, 3)
+    program = embax.Custom(0.1, stablehlo=text)
+    state = embax.init_slots(program, jnp.ones((6, 2)))
+    gradient = embax.RowGradients(jnp.array([1]), jnp.ones((1, 2)), 6)
+    with pytest.raises(ValueError, match=r"takes float32\[1, 3\], .* and is given float32\[1, 2\]"):
+        embax.apply_rows(program, state, gradient)
+    broken = embax.Custom(0.1, stablehlo="module {")
+    with pytest.raises(ValueError, match="stablehlo is not the text of a StableHLO module with a main function"):
+        embax.apply_rows(broken, state, gradient)
 
 
 @pytest.mark.parametrize("base", [0.0, 0.5, 0.9, 0.999, 0.999999])
@@ -170,6 +200,15 @@ def test_steps_far_apart_against_the_oracle(name, step):
         jnp.asarray(row, jnp.float32)[None], jnp.asarray(gradient, jnp.float32)[None], container, hyper
     )
     np.testing.assert_allclose(rows[0], wanted, rtol=2e-6)
+
+
+def test_a_rate_of_zero_and_an_empty_accumulator_leave_ftrl_finite():
+    for optimizer in (embax.FTRL(lambda step: 0.1 * jnp.float32(step)), embax.FTRL(0.1, initial_accumulator_value=0.0)):
+        state = embax.init_slots(optimizer, jnp.ones((2, 2)))
+        gradient = embax.RowGradients(jnp.array([0]), jnp.array([[0.0, 1.0]]), 2)
+        for step in range(3):
+            state = embax.apply_rows(optimizer, state, gradient, jnp.int32(step))
+            assert np.isfinite(state.table).all() and np.isfinite(state.slots.linear).all()
 
 
 # ---- optax ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,12 @@ def test_equal_specs_make_equal_plans():
     assert len(calls) == 1
 
 
+def test_a_kept_hash_does_not_travel():
+    plan = embax.plan(feature(table_spec(initializer=jax.nn.initializers.zeros)))
+    hash(plan)
+    assert "_hash" in vars(plan) and "_hash" not in plan.__getstate__()
+
+
 def test_a_plan_is_a_snapshot():
     table = table_spec()
     plan = embax.plan(feature(table))

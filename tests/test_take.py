@@ -121,6 +121,13 @@ def test_cotangents_must_fit():
         embax.take_gradient(jnp.zeros(3, jnp.int32), jnp.ones((2, 4)), vocabulary_size=5)
 
 
+@pytest.mark.parametrize("wide", [2**32 + 1, -(2**32) + 1, 2**63 - 1])
+def test_64_bit_numpy_ids_do_not_wrap(wide):
+    ids = np.array([wide, 1])
+    assert np.isnan(embax.take(jnp.ones((4, 1)), ids)[:, 0]).tolist() == [True, False]
+    assert embax.take_gradient(ids, jnp.ones((2, 1)), vocabulary_size=4).to_dense().ravel().tolist() == [0, 1, 0, 0]
+
+
 def test_64_bit_ids_do_not_wrap():
     with jax.enable_x64(True):
         ids = jnp.array([2**32 + 1, 1, -(2**32) + 1], jnp.int64)

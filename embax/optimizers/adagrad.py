@@ -120,6 +120,8 @@ class AdagradMomentum(Optimizer):
     def __post_init__(self):
         super().__post_init__()
         self._require("beta2", 0 < self.beta2 <= 1, "must be in (0, 1]; 1 adds squared gradients up")
+        positive = self.epsilon >= 0 and self.epsilon + self.initial_accumulator_value > 0
+        self._require("epsilon", positive, "must be positive where initial_accumulator_value is 0")
         self._require("exponent", self.exponent > 0, "must be greater than 0")
         self._require("initial_accumulator_value", self.initial_accumulator_value >= 0, "must not be negative")
 

@@ -53,6 +53,7 @@ class Adam(Optimizer):
         super().__post_init__()
         self._require("beta_1", 0 <= self.beta_1 < 1, "must be in [0, 1)")
         self._require("beta_2", 0 <= self.beta_2 < 1, "must be in [0, 1)")
+        self._require("epsilon", self.epsilon > 0, "must be greater than 0, for a gradient of 0 divides by it")
 
     def slots(self) -> AdamSlotVariables:
         return AdamSlotVariables(Slot(0.0), Slot(0.0))

@@ -1,6 +1,7 @@
 """An optimizer from a function of one row."""
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from embax.optimizers.base import Optimizer, Slot, scalar
+from embax.optimizers.stablehlo import call_program
 
 
 class CustomHyperparameters(NamedTuple):
@@ -25,13 +27,13 @@ class Custom(Optimizer):
       learning_rate: a number or a callable, as for every optimizer.
       custom_computation_fn: ``fn(gradient, row, *slots, learning_rate)`` on arrays ``[1, embedding_dim]``;
         it returns ``(row, *slots)``, or the row alone where there are no slots.
-      stablehlo: the same function as a serialised program; only ``custom_computation_fn`` runs here.
+      stablehlo: the same function as the text of a StableHLO module (``lower_to_stablehlo``), used where there is no
+        function; it has a fixed embedding_dim, and rows go through it one by one, which is slow.
       slot_variable_initializers_tuple: the initial value of each slot: a number, or an initializer of one value.
       short_name_str: the name that ``short_name`` gives.
 
     Raises:
-      ValueError: neither a function nor a program is given.
-      NotImplementedError: a program is given and no function.
+      ValueError: neither a function nor a program is given, or the slots it returns are not those it has.
 
     Sign descent in one line:
 
@@ -48,10 +50,8 @@ class Custom(Optimizer):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.custom_computation_fn is None:
-            if self.stablehlo is None:
-                raise ValueError("Custom: neither custom_computation_fn nor stablehlo is given; pass the function")
-            raise NotImplementedError("Custom: stablehlo programs do not run yet; pass custom_computation_fn")
+        if self.custom_computation_fn is None and self.stablehlo is None:
+            raise ValueError("Custom: neither custom_computation_fn nor stablehlo is given; pass the function")
         object.__setattr__(self, "slot_variable_initializers_tuple", tuple(self.slot_variable_initializers_tuple))
         self.slots()
 
@@ -65,15 +65,17 @@ class Custom(Optimizer):
         return CustomHyperparameters(scalar(self.get_learning_rate(step)))
 
     def update_rows(self, rows, gradients, slots, hyper):
-        function = self.custom_computation_fn
-        assert function is not None
+        function = self.custom_computation_fn or functools.partial(call_program, self.stablehlo)
 
         def one_row(row, gradient, slots):
             result = function(gradient[None], row[None], *(s[None] for s in slots), *hyper)
             row, *slots = result if isinstance(result, (tuple, list)) else (result,)
             return row[0], tuple(s[0] for s in slots)
 
-        rows, new_slots = jax.vmap(one_row)(rows, gradients, tuple(slots))
+        if self.custom_computation_fn is None:
+            rows, new_slots = jax.lax.map(lambda parts: one_row(*parts), (rows, gradients, tuple(slots)))
+        else:
+            rows, new_slots = jax.vmap(one_row)(rows, gradients, tuple(slots))
         if len(new_slots) != len(slots):
             raise ValueError(
                 f"Custom {self.short_name_str!r}: the function returned {len(new_slots)} slots for {len(slots)}; "
@@ -83,6 +85,51 @@ class Custom(Optimizer):
 
     def short_name(self) -> str:
         return self.short_name_str
+
+    @classmethod
+    def lower_to_stablehlo(
+        cls,
+        custom_computation_fn: Callable,
+        embedding_dim: int = 1,
+        num_slot_variables: int = 0,
+        num_hyperparameters: int = 1,
+        min_value: float | None = None,
+        max_value: float | None = None,
+    ) -> str:
+        """Returns the function as the text of a StableHLO module; rows are clipped to the limits, if there are any.
+
+        >>> "stablehlo.subtract" in Custom.lower_to_stablehlo(lambda gradient, row, rate: row - rate * gradient, 4)
+        True
+        """
+
+        def limited(*arguments):
+            result = custom_computation_fn(*arguments)
+            row, *slots = result if isinstance(result, (tuple, list)) else (result,)
+            if min_value is not None or max_value is not None:
+                row = jax.numpy.clip(row, min_value, max_value)
+            return (row, *slots)
+
+        row = jax.ShapeDtypeStruct((1, embedding_dim), np.float32)
+        number = jax.ShapeDtypeStruct((), np.float32)
+        arguments = [row] * (2 + num_slot_variables) + [number] * num_hyperparameters
+        return jax.jit(limited).lower(*arguments).as_text()
+
+    @classmethod
+    def wrap_stablehlo_with_limits(
+        cls,
+        stablehlo: str,
+        embedding_dim: int,
+        num_slot_variables: int,
+        num_hyperparameters: int,
+        min_value: float | None = None,
+        max_value: float | None = None,
+    ) -> str:
+        """Returns a program like ``stablehlo`` whose rows are clipped to the limits; the same text without limits."""
+        if min_value is None and max_value is None:
+            return stablehlo
+        program = functools.partial(call_program, stablehlo)
+        sizes = (embedding_dim, num_slot_variables, num_hyperparameters)
+        return cls.lower_to_stablehlo(program, *sizes, min_value=min_value, max_value=max_value)
 
 
 def _initial_value(value: Any) -> float:

@@ -67,7 +67,9 @@ class FTRL(Optimizer):
         return FTRLHyperparameters(rate, scalar(-self.learning_rate_power), l1, l2, beta)
 
     def update_rows(self, rows, gradients, slots, hyper):
-        rate = hyper.learning_rate
+        # A rate of 0 (a warm-up begins so) leaves the row where it is; the formula divides by the rate.
+        still = hyper.learning_rate == 0
+        rate = jnp.where(still, 1.0, hyper.learning_rate)
         accumulator = slots.accumulator + gradients * gradients
         power = accumulator**hyper.power
         moved = (power - slots.accumulator**hyper.power) * rows
@@ -79,4 +81,7 @@ class FTRL(Optimizer):
             l1, denominator = hyper.l1, (power + hyper.beta) / rate + 2 * hyper.l2
         # With l1 == 0 the clip gives 0, which leaves -linear.
         numerator = jnp.clip(linear, -l1, l1) - linear
-        return numerator / denominator, FTRLSlotVariables(accumulator, linear)
+        # A denominator of 0 has seen gradients of 0 only.
+        keep = still | (denominator == 0)
+        stepped = numerator / jnp.where(keep, 1.0, denominator)
+        return jnp.where(keep, rows, stepped), FTRLSlotVariables(accumulator, jnp.where(still, slots.linear, linear))

@@ -250,6 +250,11 @@ def test_rows_touched_at_every_step_move_as_under_dense_optax(transformation):
             optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
             "steps two rows together otherwise than apart",
         ),
+        (optax.chain(optax.clip_by_global_norm(1000.0), optax.sgd(0.1)), "steps two rows together otherwise"),
+        (
+            optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(),
+            "a scalar state must stay or count the steps, for it",
+        ),
         (optax.lamb(0.1), "steps two rows together otherwise than apart"),
         (optax.adafactor(0.1), "only states shaped like the table, or counts of steps"),
         (optax.noisy_sgd(0.1, key=0), "Optax:"),

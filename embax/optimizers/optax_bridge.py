@@ -119,11 +119,16 @@ def _is_slot(leaf, rows) -> bool:
     return jnp.ndim(leaf) == 2 and leaf.shape == rows.shape
 
 
-def _probe(transformation, rows, steps=3):
-    """Returns the rows and the state after a few steps with fixed, row-dependent gradients."""
+# Long enough to see a counter that starts again, and a clip that only large gradients meet.
+PROBE_STEPS = 9
+
+
+def _probe(transformation, rows):
+    """Returns the rows and the state after a few steps with fixed gradients of 1e-3 to 1e5, others for each row."""
+    first = rows
     state = _init(transformation, rows)
-    for step in range(steps):
-        gradients = jnp.sin(rows * (7.0 + step)) * 10.0**step
+    for step in range(PROBE_STEPS):
+        gradients = jnp.sin(first * (7.0 + step)) * 10.0 ** (step - 3)
         changes, state = _update(transformation, gradients, state, rows)
         rows = rows + changes
     return rows, state
@@ -132,7 +137,7 @@ def _probe(transformation, rows, steps=3):
 def _check_state(transformation) -> None:
     rows = jnp.array([[0.5, -1.0, 2.0], [3.0, 0.25, -4.0]], jnp.float32)
     before = _init(transformation, rows)
-    after = _probe(transformation, rows, steps=3)[1]
+    after = _probe(transformation, rows)[1]
     uneven = _init(transformation, rows * 3.0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(before):
         name = jax.tree_util.keystr(path)
@@ -146,10 +151,10 @@ def _check_state(transformation) -> None:
                 f"Optax: state {name} has shape {jnp.shape(leaf)} for a table of {rows.shape}; only states shaped like "
                 "the table, or counts of steps, can be kept per row"
             )
-        elif not (leaf == final or (jnp.issubdtype(leaf.dtype, jnp.integer) and final == leaf + 3)):
+        elif not (leaf == final or (jnp.issubdtype(leaf.dtype, jnp.integer) and final == leaf + PROBE_STEPS)):
             raise ValueError(
-                f"Optax: state {name} goes from {leaf} to {final} in 3 steps; a scalar state must stay or count the "
-                "steps, for it is computed from the step and not stored"
+                f"Optax: state {name} goes from {leaf} to {final} in {PROBE_STEPS} steps; a scalar state must stay or "
+                "count the steps, for it is computed from the step and not stored"
             )
 
 

@@ -13,7 +13,7 @@ def take(table: Any, ids: Any) -> jax.Array:
     """Returns the rows of ``table`` at ``ids``: ``jnp.take(table, ids, axis=0)``, for ids of any shape.
 
     Args:
-      table: ``[V, D]`` (or ``[V, ...]``).
+      table: ``[V, D]`` (or ``[V, ...]``); an ``embax.Table`` or ``embax.Prefetched`` too.
       ids: integers of any shape, 0-d and empty included; those in ``[-V, -1]`` count from the end. Outside of
         ``[-V, V)`` the rows are NaN (the least value of the dtype for integer tables, as ``jnp.take`` has it) and the
         gradient is dropped.
@@ -29,8 +29,10 @@ def take(table: Any, ids: Any) -> jax.Array:
     >>> take(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[0, 2], [-1, 1]])).squeeze(-1).tolist()
     [[1.0, 3.0], [3.0, 2.0]]
     """
+    if hasattr(table, "lookup_rows"):
+        return table.lookup_rows(ids)
     table = jnp.asarray(table)
-    return jnp.take(table, _rows(_integers(ids), table.shape[0]), axis=0, mode="fill")
+    return jnp.take(table, rows_of(ids, table.shape[0]), axis=0, mode="fill")
 
 
 def take_gradient(ids: Any, cotangents: Any, *, vocabulary_size: int) -> RowGradients:
@@ -57,15 +59,16 @@ def take_gradient(ids: Any, cotangents: Any, *, vocabulary_size: int) -> RowGrad
             f"take_gradient: cotangents have shape {cotangents.shape} for ids of shape {ids.shape}; they must be "
             "ids.shape + (embedding_dim,)"
         )
-    rows = _rows(ids, vocabulary_size).reshape(-1)
+    rows = rows_of(ids, vocabulary_size).reshape(-1)
     return sum_rows(rows, cotangents.reshape(rows.shape[0], cotangents.shape[-1]), vocabulary_size)
 
 
-def _rows(ids: jax.Array, vocabulary_size: int) -> jax.Array:
+def rows_of(ids: Any, vocabulary_size: int) -> jax.Array:
     """Returns int32 rows, with one past the end for ids outside of ``[-V, V)``.
 
     Compared before any narrowing: an id beyond 32 bits must not come back as another one.
     """
+    ids = _integers(ids)
     if jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
         fits = ids < vocabulary_size if vocabulary_size <= jnp.iinfo(ids.dtype).max else jnp.ones(ids.shape, bool)
         return jnp.where(fits, ids, 0).astype(jnp.int32) + jnp.where(fits, 0, vocabulary_size)

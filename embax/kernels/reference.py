@@ -63,7 +63,7 @@ def update(
     def step(state, rows, sums, ranks):
         return step_rows(stack.optimizer, state, rows, sums, hyper)
 
-    keys = _after(_rows(stack, ids), token)
+    keys = after(present_rows(stack, ids), token)
     return walk(keys, stack.rows, stack.embedding_dim, values_at, step, state)
 
 
@@ -93,14 +93,14 @@ def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: 
     values = gradients[sample_of_ids(ids)]
     if ids.gains is not None:
         values = values * ids.gains[:, None]
-    return sum_rows(_after(_rows(stack, ids), token), values, stack.rows)
+    return sum_rows(after(present_rows(stack, ids), token), values, stack.rows)
 
 
 def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: jax.Array) -> jax.Array:
     """Returns each id's row times its sample's gradient, float32 ``[capacity]``: the derivative of its gain."""
     if not gradients.shape[0]:
         return jnp.zeros(ids.ids.shape, jnp.float32)
-    values = _looked_up(stack, table, _rows(stack, ids))
+    values = _looked_up(stack, table, present_rows(stack, ids))
     return jnp.sum(values * gradients[sample_of_ids(ids)], axis=-1)
 
 
@@ -174,7 +174,7 @@ def quantize(rows: jax.Array, config: QuantizationConfig) -> jax.Array:
     return low + jnp.round((jnp.clip(rows, low, high) - low) / width) * width
 
 
-def _rows(stack: StackPlan, ids: StackIds) -> jax.Array:
+def present_rows(stack: StackPlan, ids: StackIds) -> jax.Array:
     """Returns the rows of ``ids``, with one past the end for whatever is absent."""
     row = ids.ids
     present = (jnp.arange(row.shape[0], dtype=jnp.int32) < ids.offsets[-1]) & (row >= 0) & (row < stack.rows)
@@ -196,7 +196,7 @@ def _rectangles(ids: StackIds) -> list[tuple[int, int]]:
 
 
 def _pool_rectangles(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
-    rows, parts, at = _rows(stack, ids), [], 0
+    rows, parts, at = present_rows(stack, ids), [], 0
     for samples, valency in _rectangles(ids):
         size = samples * valency
         gains = None if ids.gains is None else ids.gains[at : at + size].reshape(samples, valency)
@@ -225,7 +225,7 @@ def _pool_rectangle(stack: StackPlan, table: jax.Array, rows: jax.Array, gains: 
 def _pool_ragged(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
     count = ids.ids.shape[0]
     chunk = chunk_of(count)
-    rows = padded(_rows(stack, ids), chunk, stack.rows)
+    rows = padded(present_rows(stack, ids), chunk, stack.rows)
     sample = padded(sample_of_ids(ids), chunk, 0)
     gains = None if ids.gains is None else padded(ids.gains, chunk, 0.0)
 
@@ -243,7 +243,7 @@ def _pool_ragged(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array
     return jax.lax.fori_loop(0, -(-used // chunk), body, total)
 
 
-def _after(rows: jax.Array, token: jax.Array) -> jax.Array:
+def after(rows: jax.Array, token: jax.Array) -> jax.Array:
     """Returns ``rows``, unchanged, in a form that needs ``token``: an order that XLA cannot take away.
 
     Whatever the bits of the token, NaN included, the smaller of them and 0 is at most 0, and no row is below 0.

@@ -1,0 +1,190 @@
+"""``value_and_grad``: a loss over any pytree in which some leaves are tables; their gradients come as rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from embax.gradients.primitive import SparseGradientError
+from embax.gradients.table import Prefetched, Table
+from embax.gradients.walk import Record, Root, TableRef, Walk
+from embax.kernels.reference import after
+from embax.row_gradients import RowGradients, sum_rows
+
+
+def is_table(leaf: Any) -> bool:
+    """Returns whether ``leaf`` is a Table or Prefetched: a leaf of a tree of parameters, not a part of it."""
+    return isinstance(leaf, (Table, Prefetched))
+
+
+def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
+    """Returns a function that gives the value of ``fun`` and its gradient, tables' gradients as RowGradients.
+
+    As ``jax.value_and_grad``, but every ``embax.Table`` in the differentiated arguments gets ``RowGradients`` at the cost
+    of its lookups, not of its size; ``embax.Prefetched`` too. All other leaves get what JAX gives. Lookups are found
+    wherever they are: behind jit, checkpoint, vmap, scan (over layers too), cond; whatever they are called on. A use of a
+    table that has no row gradients raises, with the way out: nothing is left out silently.
+
+    Args:
+      fun: returns a scalar, or ``(scalar, aux)``. It is traced, as under ``jax.jit``.
+      argnums: which arguments to differentiate: an int, or a sequence of ints.
+      has_aux: whether ``fun`` returns ``(scalar, aux)``.
+
+    Raises:
+      SparseGradientError: a table is used as a whole, or inside of what cannot be looked into (a custom derivative,
+        shard_map); named with the way out.
+
+    >>> import jax.numpy as jnp, embax
+    >>> params = {"word": embax.Table(jnp.ones((4, 2)), embax.Adagrad(0.1)), "scale": jnp.ones(2)}
+    >>> loss = lambda params, ids: (params["word"][ids] * params["scale"]).sum()
+    >>> value, gradients = embax.value_and_grad(loss)(params, jnp.array([[3, 0], [3, 3]]))
+    >>> gradients["word"].rows.tolist(), gradients["word"].values[:, 0].tolist(), gradients["scale"].tolist()
+    ([0, 3, 4, 4], [1.0, 3.0, 0.0, 0.0], [4.0, 4.0])
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def with_gradients(*args, **kwargs):
+        for number in numbers:
+            if not -len(args) <= number < len(args):
+                raise ValueError(
+                    f"value_and_grad: argnums={argnums} names argument {number} of {len(args)}; pass what is "
+                    "differentiated by position"
+                )
+        leaves, structure = jax.tree.flatten_with_path(tuple(args[n] for n in numbers), is_leaf=is_table)
+
+        def call(leaves):
+            filled = list(args)
+            for number, value in zip(numbers, jax.tree.unflatten(structure, leaves), strict=True):
+                filled[number] = value
+            out = fun(*filled, **kwargs)
+            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError(f"value_and_grad: has_aux=True, and the loss returned {type(out).__name__}, not a pair")
+            return out if has_aux else (out, None)
+
+        value, aux, gradients = differentiate(call, [_named(path, leaf) for path, leaf in leaves])
+        gradients = jax.tree.unflatten(structure, gradients)
+        return (value, aux) if has_aux else value, gradients[0] if isinstance(argnums, int) else gradients
+
+    return with_gradients
+
+
+def differentiate(call: Callable, leaves: list) -> tuple[Any, Any, list]:
+    """Returns ``(value, aux, gradients)`` of ``call(leaves)``, which returns ``(value, aux)``.
+
+    Args:
+      call: takes leaves like these.
+      leaves: Tables, Prefetched, and arrays.
+    """
+    tables = [leaf for leaf in leaves if isinstance(leaf, Table)]
+    dense = [_differentiated(leaf) for leaf in leaves if not isinstance(leaf, Table)]
+
+    def filled(dense, values):
+        dense, values = iter(dense), iter(values)
+        return [_with_value(leaf, next(values if isinstance(leaf, Table) else dense)) for leaf in leaves]
+
+    values = [table.value for table in tables]
+    jaxpr, out = jax.make_jaxpr(lambda dense, values: call(filled(dense, values)), return_shape=True)(dense, values)
+    structure = jax.tree.structure(out)
+    walk = Walk(tuple(Root(table.name or "?", _flat(table)) for table in tables))
+    refs = [TableRef(index, tuple(table.shape)) for index, table in enumerate(tables)]
+    dense_leaves, dense_structure = jax.tree.flatten(dense)
+
+    def read(dense_leaves, taps):
+        outs, records = walk.run(jaxpr, [*dense_leaves, *refs], taps)
+        outs = [walk.array(value) if isinstance(value, TableRef) else value for value in outs]
+        value, aux = jax.tree.unflatten(structure, outs)
+        return value, (aux, records)
+
+    def loss(dense, taps):
+        return read(jax.tree.leaves(dense), taps)
+
+    measured = jax.eval_shape(lambda leaves: read(leaves, None)[1][1], dense_leaves)
+    taps = jax.tree.map(_tap, measured, is_leaf=_is_record)
+    dense = jax.tree.unflatten(dense_structure, dense_leaves)
+    try:
+        (value, (aux, records)), (dense, taps) = jax.value_and_grad(loss, (0, 1), has_aux=True)(dense, taps)
+    except ValueError as error:
+        loops = [r for r in jax.tree.leaves(measured, is_leaf=_is_record) if not r.rows.size]
+        if "while_loop" in str(error) and loops:
+            raise _in_while_loop(tables[loops[0].root]) from error
+        raise
+    summed = [_row_gradients(index, table, records, taps) for index, table in enumerate(tables)]
+    dense, summed = iter(dense), iter(summed)
+    return value, aux, [next(summed) if isinstance(leaf, Table) else _gradient(leaf, next(dense)) for leaf in leaves]
+
+
+def _named(path: Any, leaf: Any) -> Any:
+    """Returns ``leaf``, a table without a name called by its path; the argument number is left out."""
+    if not isinstance(leaf, Table) or leaf.name:
+        return leaf
+    return Table(leaf.value, leaf.optimizer, path_name(path[1:]) or "table")
+
+
+def path_name(path: Any) -> str:
+    """Returns the name of a table at ``path``: its keys joined by "/"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _differentiated(leaf: Any) -> Any:
+    return leaf.values if isinstance(leaf, Prefetched) else leaf
+
+
+def _with_value(leaf: Any, value: Any) -> Any:
+    if isinstance(leaf, Table):
+        return Table.tree_unflatten((leaf.optimizer, leaf.name), (value,))
+    if isinstance(leaf, Prefetched):
+        return Prefetched(leaf.rows, value, leaf.vocabulary_size, leaf.name)
+    return value
+
+
+def _gradient(leaf: Any, gradient: Any) -> Any:
+    return leaf.row_gradients(gradient) if isinstance(leaf, Prefetched) else gradient
+
+
+def _flat(table: Table) -> jax.Array:
+    return jnp.reshape(table.value, (-1, table.shape[-1]))
+
+
+def _is_record(node: Any) -> bool:
+    return isinstance(node, Record)
+
+
+def _tap(record: Record) -> jax.Array:
+    return jnp.zeros(record.activations.shape, record.activations.dtype)
+
+
+def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGradients:
+    """Returns the sum over every lookup of one table."""
+    flat, width = _flat(table), table.shape[-1]
+    rows, values = [], []
+    pairs = zip(jax.tree.leaves(records, is_leaf=_is_record), jax.tree.leaves(taps), strict=True)
+    for record, cotangent in pairs:
+        if record.root != index or not record.rows.size:
+            continue
+        # The rows need the token, so that an update in place comes after the lookup.
+        rows.append(after(record.rows.reshape(-1), record.token))
+        values.append(_by_occurrence(record, cotangent.reshape(-1, width).astype(jnp.float32)))
+    if not rows:
+        return RowGradients(jnp.zeros(0, jnp.int32), jnp.zeros((0, width), jnp.float32), flat.shape[0])
+    return sum_rows(jnp.concatenate(rows), jnp.concatenate(values), flat.shape[0])
+
+
+def _by_occurrence(record: Record, cotangent: jax.Array) -> jax.Array:
+    if record.samples is None:
+        return cotangent
+    count = record.samples.shape[-1]
+    batches = record.samples.size // max(count, 1)
+    # Stacked by scans: iteration i has its own samples.
+    per_batch = cotangent.shape[0] // max(batches, 1)
+    samples = record.samples.reshape(batches, count)
+    values = cotangent[samples.reshape(-1)] if per_batch else jnp.zeros((record.rows.size, cotangent.shape[1]))
+    return values if record.gains is None else values * record.gains.reshape(-1, 1)
+
+
+def _in_while_loop(table: Table) -> SparseGradientError:
+    return SparseGradientError(
+        f'table "{table.name}" {list(table.shape)}: it is looked up inside of a while_loop (or a fori_loop of unknown '
+        "length) whose result the loss depends on, and JAX has no reverse mode through those; use scan, or a fori_loop "
+        "of known length"
+    )

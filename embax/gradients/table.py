@@ -1,0 +1,158 @@
+"""A table as a leaf of any pytree: the array, and beside it its name and the optimizer of its rows.
+
+``Table`` is what a model holds; ``Prefetched`` is what ``embax.prefetch`` makes of it for one batch. Both answer
+``table[ids]``. A table's leading axes, if any, are those of a scan or vmap over layers: ``[L, V, D]`` is L tables.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from embax.gradients.forms import Take
+from embax.gradients.primitive import lookup
+from embax.optimizers.base import Optimizer
+from embax.row_gradients import RowGradients, sum_rows
+from embax.take import rows_of
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table that gets row gradients: ``embax.value_and_grad`` finds it in a pytree, ``embax.JointOptimizer`` steps it.
+
+    Args:
+      value: float ``[vocabulary_size, embedding_dim]``; leading axes are layers.
+      optimizer: of the rows, such as ``embax.Adagrad(0.1)``.
+      name: for messages, and for ``prefetch``; None for the path in its pytree.
+
+    Raises:
+      TypeError: an optimizer that is not an ``embax.Optimizer``, or values that are not floating point.
+
+    >>> import jax.numpy as jnp, embax
+    >>> word = embax.Table(jnp.arange(6.0).reshape(3, 2), embax.SGD(1.0))
+    >>> word[jnp.array([2, 0])].tolist()
+    [[4.0, 5.0], [0.0, 1.0]]
+    >>> loss, gradient = embax.value_and_grad(lambda t: t[jnp.array([2, 0, 2])].sum())(word)
+    >>> gradient.rows.tolist(), gradient.values.tolist()
+    ([0, 2, 3], [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]])
+    """
+
+    value: Any
+    optimizer: Optimizer
+    name: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"table {self.name!r}: optimizer={self.optimizer!r} must be an embax optimizer, such as "
+                "embax.Adagrad(0.1); embax.Optax(...) wraps one of optax"
+            )
+        if isinstance(self.value, (jax.Array, np.ndarray)):
+            if self.value.ndim < 2 or not jnp.issubdtype(self.value.dtype, jnp.floating):
+                raise TypeError(
+                    f"table {self.name!r}: the value is {self.value.dtype}{list(self.value.shape)}; a table with an "
+                    "optimizer must be floating point [vocabulary_size, embedding_dim]"
+                )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return jnp.shape(self.value)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the value."""
+        return self.value.dtype
+
+    def __getitem__(self, ids: Any) -> jax.Array:
+        """Returns the rows at ``ids``, as ``embax.take``."""
+        return self.lookup_rows(ids)
+
+    def lookup_rows(self, ids: Any, sentinel: Any = None) -> jax.Array:
+        """Returns the rows at ``ids``; a ``sentinel`` is a scalar of the dense parameters beside the table."""
+        sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
+        if self.value.ndim != 2:
+            raise ValueError(
+                f'table "{self.name}" {list(self.shape)} is {self.shape[0]} layers; look up in one layer: scan or vmap '
+                "over the table"
+            )
+        form = Take(self.name or "?")
+        return lookup(form, self.value, sentinel, rows_of(ids, self.shape[-2]))
+
+    def tree_flatten_with_keys(self):
+        """Returns the value as the only leaf."""
+        return [(jax.tree_util.GetAttrKey("value"), self.value)], (self.optimizer, self.name)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        """Returns a table of whatever the leaf has become; nothing is checked."""
+        table = object.__new__(cls)
+        for field, value in zip(("value", "optimizer", "name"), (*leaves, *static), strict=True):
+            object.__setattr__(table, field, value)
+        return table
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefetched:
+    """The rows of a table that a batch looks up, each once: a small array that any JAX transformation may see.
+
+    Lookups go by ``table[ids]`` as before. An id that was not prefetched has NaN as its activation (outside of jit: an
+    error), never another id's row.
+
+    Attributes:
+      rows: int32 ``[capacity]``, rising, filled up with ``vocabulary_size``; leading axes are layers.
+      values: ``[capacity, embedding_dim]``: differentiate with respect to these.
+      vocabulary_size: rows of the table (static).
+      name: the table's (static).
+    """
+
+    rows: Any
+    values: Any
+    vocabulary_size: int = dataclasses.field(metadata={"static": True})
+    name: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __getitem__(self, ids: Any) -> jax.Array:
+        """Returns the rows at ``ids``, as ``embax.take``."""
+        return self.lookup_rows(ids)
+
+    def lookup_rows(self, ids: Any, sentinel: Any = None) -> jax.Array:
+        """Returns the rows at ``ids``; the sentinel is not needed, for plain derivatives are right here."""
+        del sentinel
+        return jnp.take(self.values, self.places(rows_of(ids, self.vocabulary_size)), axis=0, mode="fill")
+
+    def places(self, rows: jax.Array) -> jax.Array:
+        """Returns where each of the int32 ``rows`` stands among the prefetched, capacity for nowhere."""
+        capacity = self.rows.shape[-1]
+        if not capacity:
+            return jnp.zeros(rows.shape, jnp.int32)
+        places = jnp.searchsorted(self.rows, rows).astype(jnp.int32)
+        found = (self.rows[jnp.minimum(places, capacity - 1)] == rows) & (rows < self.vocabulary_size)
+        self._check_covered(rows, found)
+        return jnp.where(found, places, capacity)
+
+    def row_gradients(self, gradients: Any) -> RowGradients:
+        """Returns the gradient of the table, given that of ``values``."""
+        if isinstance(gradients, Prefetched):
+            gradients = gradients.values
+        rows, layers = self.rows, self.rows.size // max(self.rows.shape[-1], 1)
+        if rows.ndim == 1:
+            return RowGradients(rows, gradients, self.vocabulary_size)
+        total = layers * self.vocabulary_size
+        first = jnp.arange(layers, dtype=jnp.int32)[:, None] * self.vocabulary_size
+        rows = rows.reshape(layers, -1)
+        rows = jnp.where(rows < self.vocabulary_size, rows + first, total).reshape(-1)
+        return sum_rows(rows, gradients.reshape(-1, gradients.shape[-1]), total)
+
+    def _check_covered(self, rows: jax.Array, found: jax.Array) -> None:
+        if any(isinstance(x, jax.core.Tracer) for x in (rows, found)):
+            return
+        missing = np.asarray(rows)[~np.asarray(found) & (np.asarray(rows) < self.vocabulary_size)]
+        if missing.size:
+            raise ValueError(
+                f'table "{self.name}": id {missing.flat[0]} is looked up, and embax.prefetch was not given it; prefetch '
+                "every id that the loss looks up"
+            )

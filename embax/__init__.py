@@ -22,6 +22,14 @@ The library in seven lines:
 
 from embax.check_step import StepReport as StepReport
 from embax.check_step import check_step as check_step
+from embax.gradients.doors import value_and_grad as value_and_grad
+from embax.gradients.joint_optimizer import JointOptimizer as JointOptimizer
+from embax.gradients.norms import clip_by_global_norm as clip_by_global_norm
+from embax.gradients.norms import global_norm as global_norm
+from embax.gradients.prefetch import prefetch as prefetch
+from embax.gradients.primitive import SparseGradientError as SparseGradientError
+from embax.gradients.table import Prefetched as Prefetched
+from embax.gradients.table import Table as Table
 from embax.id_batch import IdBatch as IdBatch
 from embax.id_inputs import CooIds as CooIds
 from embax.id_inputs import RaggedIds as RaggedIds

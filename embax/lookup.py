@@ -60,18 +60,24 @@ def lookup(plan: Plan, tables: Mapping[str, TableState], batch: IdBatch) -> tupl
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _lookup(plan: Plan, backend: str, rows: dict[str, jax.Array], batch: IdBatch) -> tuple[Any, Residuals]:
+    pooled = {
+        stack.name: differentiable.gather_pool(backend, stack, rows[stack.name], batch.stacks[stack.name].shard(0))
+        for stack in plan.stacks
+    }
+    tokens = {name: activations[:1, :1] for name, activations in pooled.items()}
+    return by_feature(plan, batch, pooled), Residuals(batch, tokens)
+
+
+def by_feature(plan: Plan, batch: IdBatch, pooled: Mapping[str, jax.Array]) -> Any:
+    """Returns the stacks' activations ``[samples, embedding_dim]`` as those of the features, in their structure."""
     activations: list[Any] = [None] * len(plan.features)
-    tokens = {}
     for stack in plan.stacks:
-        ids = batch.stacks[stack.name].shard(0)
-        pooled = differentiable.gather_pool(backend, stack, rows[stack.name], ids)
-        tokens[stack.name] = pooled[:1, :1]
         first = 0
-        for index, samples in zip(stack.features, ids.samples, strict=True):
-            feature = plan.features[index]
-            activations[index] = pooled[first : first + samples].reshape(activation_shape(stack, feature, samples))
+        for index, samples in zip(stack.features, batch.stacks[stack.name].samples, strict=True):
+            shape = activation_shape(stack, plan.features[index], samples)
+            activations[index] = pooled[stack.name][first : first + samples].reshape(shape)
             first += samples
-    return jax.tree.unflatten(plan.structure, activations), Residuals(batch, tokens)
+    return jax.tree.unflatten(plan.structure, activations)
 
 
 def activation_shape(stack: StackPlan, feature: FeaturePlan, samples: int) -> tuple[int, ...]:

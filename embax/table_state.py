@@ -50,15 +50,20 @@ def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
     >>> embax.init(embax.plan(history), jax.random.key(0))["item"].slots.accumulator.shape
     (6, 2)
     """
-    state = {}
+    rows = init_rows(plan, key)
+    return {stack.name: init_slots(stack.optimizer, rows[stack.name]) for stack in plan.stacks}
+
+
+def init_rows(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
+    """Returns the fresh rows of every stack, without slot variables."""
+    made = {}
     for stack in plan.stacks:
         exact = [_has_exact_tail(stack, table, key) for table in stack.tables]
-        shape = (stack.rows, stack.embedding_dim)
-        values = jnp.zeros(shape, stack.dtype)
+        values = jnp.zeros((stack.rows, stack.embedding_dim), stack.dtype)
         for table, exact_tail in zip(stack.tables, exact, strict=True):
             values = _filled(values, table_key(key, table.name), table, exact_tail)
-        state[stack.name] = init_slots(stack.optimizer, values)
-    return state
+        made[stack.name] = values
+    return made
 
 
 def table_key(key: jax.Array, name: str) -> jax.Array:

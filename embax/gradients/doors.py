@@ -21,10 +21,10 @@ def is_table(leaf: Any) -> bool:
 def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable:
     """Returns a function that gives the value of ``fun`` and its gradient, tables' gradients as RowGradients.
 
-    As ``jax.value_and_grad``, but every ``embax.Table`` in the differentiated arguments gets ``RowGradients`` at the cost
-    of its lookups, not of its size; ``embax.Prefetched`` too. All other leaves get what JAX gives. Lookups are found
-    wherever they are: behind jit, checkpoint, vmap, scan (over layers too), cond; whatever they are called on. A use of a
-    table that has no row gradients raises, with the way out: nothing is left out silently.
+    As ``jax.value_and_grad``, but every ``embax.Table`` in the differentiated arguments gets ``RowGradients`` at the
+    cost of its lookups, not of its size; ``embax.Prefetched`` too. All other leaves get what JAX gives. Lookups are
+    found wherever they are: behind jit, checkpoint, vmap, scan (over layers too), cond; whatever they are called on. A
+    use of a table that has no row gradients raises, with the way out: nothing is left out silently.
 
     Args:
       fun: returns a scalar, or ``(scalar, aux)``. It is traced, as under ``jax.jit``.
@@ -36,11 +36,11 @@ def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: boo
         shard_map); named with the way out.
 
     >>> import jax.numpy as jnp, embax
-    >>> params = {"word": embax.Table(jnp.ones((4, 2)), embax.Adagrad(0.1)), "scale": jnp.ones(2)}
+    >>> params = {"word": embax.Table(jnp.ones((4, 2)), embax.Adagrad(0.1)), "scale": jnp.float32(1)}
     >>> loss = lambda params, ids: (params["word"][ids] * params["scale"]).sum()
     >>> value, gradients = embax.value_and_grad(loss)(params, jnp.array([[3, 0], [3, 3]]))
     >>> gradients["word"].rows.tolist(), gradients["word"].values[:, 0].tolist(), gradients["scale"].tolist()
-    ([0, 3, 4, 4], [1.0, 3.0, 0.0, 0.0], [4.0, 4.0])
+    ([0, 3, 4, 4], [1.0, 3.0, 0.0, 0.0], 8.0)
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 

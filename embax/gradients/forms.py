@@ -49,8 +49,8 @@ class Form(abc.ABC):
     def occurrences(self, operands: list) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns ``(rows, samples, gains)`` of a located lookup.
 
-        ``rows`` are int32 rows of the root. Row i gets the gradient of activation i; where ``samples`` is given, that of
-        activation ``samples[i]``, times ``gains[i]`` where gains are given.
+        ``rows`` are int32 rows of the root. Row i gets the gradient of activation i; where ``samples`` is given, that
+        of activation ``samples[i]``, times ``gains[i]`` where gains are given.
         """
 
 

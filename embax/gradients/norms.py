@@ -50,7 +50,9 @@ def clip_by_global_norm(gradients: Any, max_norm: Any) -> Any:
     norm = global_norm(gradients)
 
     def clipped(array):
-        return jnp.where(norm < max_norm, array, (array / norm.astype(array.dtype)) * jnp.asarray(max_norm, array.dtype))
+        return jnp.where(
+            norm < max_norm, array, (array / norm.astype(array.dtype)) * jnp.asarray(max_norm, array.dtype)
+        )
 
     def change(gradient):
         if is_row_gradients(gradient):

@@ -1,8 +1,8 @@
 """The second door: gather the rows of a batch first, then use any JAX transformation at all.
 
-``prefetch`` reads the distinct rows of every table that the ids name, once. What it returns is a small dense array in the
-table's place; a loss over it is an ordinary JAX function, to be differentiated by ``jax.grad``, ``nnx.grad`` or a trainer
-that does so. ``embax.value_and_grad`` accepts it too.
+``prefetch`` reads the distinct rows of every table that the ids name, once. What it returns is a small dense array in
+the table's place; a loss over it is an ordinary JAX function, to be differentiated by ``jax.grad``, ``nnx.grad`` or a
+trainer that does so. ``embax.value_and_grad`` accepts it too.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from embax.gradients.doors import is_table, path_name
 from embax.gradients.table import Prefetched, Table
 from embax.id_batch import IdBatch
+from embax.kernels.reference import after
 from embax.take import rows_of
 
 
@@ -23,8 +24,8 @@ def prefetch(tree: Any, ids: Any) -> Any:
     Args:
       tree: any pytree with ``embax.Table`` leaves.
       ids: every id that the loss will look up: ``{table name: ids}``, ids an array, or a pytree of arrays, as given to
-        the lookups; an IdBatch; or, for a single table, its ids. Tables left out stay as they are. A table without a name
-        goes by its path, such as "encoder/word". Layers ``[L, V, D]`` are all prefetched with the same ids.
+        the lookups; an IdBatch; or, for a single table, its ids. Tables left out stay as they are. A table without a
+        name goes by its path, such as "encoder/word". Layers ``[L, V, D]`` are all prefetched with the same ids.
 
     Raises:
       KeyError: ids for a table that the tree does not have.
@@ -44,9 +45,7 @@ def prefetch(tree: Any, ids: Any) -> Any:
     tables = {leaf.name or path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Table)}
     by_name = ids_by_table(ids, list(tables))
     made = {name: prefetch_table(name, tables[name], by_name[name]) for name in by_name}
-    new = [
-        made.get(leaf.name or path_name(path), leaf) if isinstance(leaf, Table) else leaf for path, leaf in leaves
-    ]
+    new = [made.get(leaf.name or path_name(path), leaf) if isinstance(leaf, Table) else leaf for path, leaf in leaves]
     return jax.tree.unflatten(structure, new)
 
 
@@ -59,7 +58,8 @@ def prefetch_table(name: str, table: Table, ids: Any) -> Prefetched:
     # Rows that are none are zeros, not NaN: they have no part in norms.
     values = jnp.stack([jnp.take(layer, rows, axis=0, mode="fill", fill_value=0) for layer in flat])
     layers = table.shape[:-2]
-    rows = jnp.broadcast_to(rows, (*layers, *rows.shape))
+    # An update by these rows must come after this read, or XLA copies the table.
+    rows = jnp.broadcast_to(after(rows, values), (*layers, *rows.shape))
     return Prefetched(rows, values.reshape(*rows.shape, width), size, name)
 
 
@@ -88,7 +88,15 @@ def ids_by_table(ids: Any, names: list[str]) -> dict[str, Any]:
                 '{"table": ids, ...}'
             )
         ids = {names[0]: ids}
-    for name in ids:
-        if name not in names:
-            raise KeyError(f"prefetch: ids are given for table {name!r}; there are {', '.join(map(repr, names))}")
-    return dict(ids)
+    return {_resolved(name, names): wanted for name, wanted in ids.items()}
+
+
+def _resolved(name: str, names: list[str]) -> str:
+    """Returns the one table called ``name``, or whose path ends with it."""
+    found = [known for known in names if known == name] or [known for known in names if known.endswith("/" + name)]
+    if len(found) != 1:
+        raise KeyError(
+            f"prefetch: ids are given for table {name!r}, which {len(found)} tables are called; there are "
+            f"{', '.join(map(repr, names))}"
+        )
+    return found[0]

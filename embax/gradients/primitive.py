@@ -1,9 +1,9 @@
 """The lookup as one primitive: what JAX's own transformations see of a table with an optimizer.
 
-JAX cannot return a sparse cotangent, so nothing here computes one. A lookup is a primitive for two reasons: it stands in
-a traced loss wherever the loss put it, where ``embax.value_and_grad`` finds it (``embax.gradients.walk``); and a plain
-``jax.grad`` that reaches a table meets the rule below, which raises instead of making a gradient of the table's size, or
-none.
+JAX cannot return a sparse cotangent, so nothing here computes one. A lookup is a primitive for two reasons: it stands
+in a traced loss wherever the loss put it, where ``embax.value_and_grad`` finds it (``embax.gradients.walk``); and a
+plain ``jax.grad`` that reaches a table meets the rule below, which raises instead of making a gradient of the table's
+size, or none.
 
 Operands are ``table, sentinel, *what the form needs``. The sentinel is a float32 scalar that is differentiated wherever
 the dense parameters of its model are: it tells on a ``jax.grad`` for which the table itself is a constant.

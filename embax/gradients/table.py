@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from embax.gradients.forms import Take
-from embax.gradients.primitive import lookup
+from embax.gradients.forms import Pool, Take
+from embax.gradients.primitive import SparseGradientError, lookup, whole
+from embax.id_batch import StackIds
+from embax.kernels import differentiable
 from embax.optimizers.base import Optimizer
+from embax.planning import StackPlan
 from embax.row_gradients import RowGradients, sum_rows
 from embax.take import rows_of
 
@@ -82,6 +85,18 @@ class Table:
         form = Take(self.name or "?")
         return lookup(form, self.value, sentinel, rows_of(ids, self.shape[-2]))
 
+    def lookup_pooled(self, stack: StackPlan, backend: str, ids: StackIds, sentinel: Any = None) -> jax.Array:
+        """Returns the activations of a stack whose rows these are."""
+        sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
+        gains = () if ids.gains is None else (ids.gains,)
+        form = Pool(self.name or stack.name, stack, backend, ids.samples, ids.valencies, bool(gains))
+        return lookup(form, self.value, sentinel, ids.ids, ids.offsets, *gains)
+
+    def whole(self, sentinel: Any = None) -> jax.Array:
+        """Returns all rows, for uses without a gradient; asking for one raises."""
+        sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
+        return whole(self.name or "?", self.value, sentinel)
+
     def tree_flatten_with_keys(self):
         """Returns the value as the only leaf."""
         return [(jax.tree_util.GetAttrKey("value"), self.value)], (self.optimizer, self.name)
@@ -123,6 +138,24 @@ class Prefetched:
         """Returns the rows at ``ids``; the sentinel is not needed, for plain derivatives are right here."""
         del sentinel
         return jnp.take(self.values, self.places(rows_of(ids, self.vocabulary_size)), axis=0, mode="fill")
+
+    def lookup_pooled(self, stack: StackPlan, backend: str, ids: StackIds, sentinel: Any = None) -> jax.Array:
+        """Returns the activations of a stack whose rows these are; a sample with an id that is not here is NaN."""
+        del sentinel
+        capacity, present = self.rows.shape[-1], (ids.ids >= 0) & (ids.ids < stack.rows)
+        places = self.places(jnp.where(present, ids.ids, stack.rows))
+        # Row `capacity` is NaN, for what was not prefetched; one past that is absent, as ever.
+        values = jnp.concatenate([self.values, jnp.full_like(self.values[:1], jnp.nan, shape=(1, stack.embedding_dim))])
+        stack = dataclasses.replace(stack, rows=capacity + 1)
+        ids = dataclasses.replace(ids, ids=jnp.where(present, places, capacity + 1))
+        return differentiable.gather_pool(backend, stack, values, ids)
+
+    def whole(self, sentinel: Any = None) -> jax.Array:
+        """Raises: the other rows are not here."""
+        raise SparseGradientError(
+            f'table "{self.name}": only the prefetched rows are here, and the loss uses the whole table (attend); use '
+            "attend(query, candidates=ids)"
+        )
 
     def places(self, rows: jax.Array) -> jax.Array:
         """Returns where each of the int32 ``rows`` stands among the prefetched, capacity for nowhere."""

@@ -1,11 +1,11 @@
 """Reads a traced loss again, with a tap at every lookup of a followed table.
 
 ``walk`` interprets a jaxpr as JAX would, except for the followed tables. Such a table never enters an equation as an
-array: it is a ``TableRef``, and each lookup that meets one becomes a gather from the root table whose cotangent goes to a
-*tap*, an input of the activations' shape, and a *record* of the rows that were read, which goes out. A table that jit,
-checkpoint, scan, cond or while hands to its body is followed inside; in a scan over layers the layer's table is the root
-at an offset, taps are scanned over and records stacked. Any other use of a followed table raises: no gradient is ever
-lost without a word.
+array: it is a ``TableRef``, and each lookup that meets one becomes a gather from the root table whose cotangent goes
+to a *tap*, an input of the activations' shape, and a *record* of the rows that were read, which goes out. A table that
+jit, checkpoint, scan, cond or while hands to its body is followed inside; in a scan over layers the layer's table is
+the root at an offset, taps are scanned over and records stacked. Any other use of a followed table raises: no gradient
+is ever lost without a word.
 
 Taps and records have one nested structure: a list with an item for every equation that reads a table.
 """
@@ -43,8 +43,11 @@ class TableRef:
 
     def same(self, other: Any) -> bool:
         """Returns whether both are the same rows for certain."""
-        return isinstance(other, TableRef) and self.root == other.root and self.shape == other.shape and (
-            self.offset is other.offset
+        return (
+            isinstance(other, TableRef)
+            and self.root == other.root
+            and self.shape == other.shape
+            and (self.offset is other.offset)
         )
 
 

@@ -1,0 +1,40 @@
+"""What both Embed layers compute: which ids to look up, inner products, masks."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attend_to(query: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the inner products of queries ``[..., D]`` with ``rows``.
+
+    ``rows`` are ``[K, D]``, the same for all queries, or ``[..., K, D]``, those of each query; the result is
+    ``[..., K]``.
+
+    >>> import jax.numpy as jnp
+    >>> attend_to(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([[[1.0, 1.0]], [[5.0, 7.0]]])).tolist()
+    [[3.0], [7.0]]
+    """
+    if rows.ndim == 2:
+        return jnp.dot(query, rows.T)
+    if rows.shape[:-2] != query.shape[:-1]:
+        raise ValueError(
+            f"attend: query has shape {query.shape} and candidates {rows.shape[:-1]}; candidates must be [K], the same "
+            f"for all queries, or {[*query.shape[:-1], 'K']}, those of each query"
+        )
+    return jnp.einsum("...d,...kd->...k", query, rows)
+
+
+def mask_of(ids: jax.Array) -> jax.Array:
+    """Returns where ``ids`` are not 0, as Keras' ``Embedding(mask_zero=True)``."""
+    return jnp.not_equal(ids, jnp.zeros((), ids.dtype))
+
+
+def embed_ids(ids: jax.Array, num_embeddings: int) -> jax.Array:
+    """Returns the ids that flax's Embed looks up: with one row, that row for every id.
+
+    Raises:
+      ValueError: ids that are not integers.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError("Input type must be an integer or unsigned integer.")
+    return jnp.zeros_like(ids) if num_embeddings == 1 else ids

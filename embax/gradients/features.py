@@ -1,0 +1,36 @@
+"""The lookup of a whole plan in tables that get row gradients: what the FeatureEmbed layers call."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from embax import kernels
+from embax.gradients.table import Prefetched, Table
+from embax.id_batch import IdBatch
+from embax.lookup import by_feature, check_batch
+from embax.planning import Plan
+from embax.preprocess_traced import preprocess_traced
+
+
+def lookup_features(
+    plan: Plan, tables: Mapping[str, Table | Prefetched], ids: Any, weights: Any = None, sentinel: Any = None
+) -> Any:
+    """Returns the activations of every feature, in the features' structure.
+
+    Args:
+      plan: what ``embax.plan`` gave.
+      tables: the rows of every stack.
+      ids: an IdBatch, or raw ids as for ``preprocess_traced``.
+      weights: of the ids, for raw ids only.
+      sentinel: a scalar of the dense parameters beside the tables.
+    """
+    if not isinstance(ids, IdBatch):
+        ids = preprocess_traced(plan, ids, weights)
+    elif weights is not None:
+        raise ValueError("FeatureEmbed: an IdBatch has its weights already; give weights to preprocess")
+    check_batch(plan, ids)
+    backend = kernels.choose(plan.backend).name
+    pooled = {
+        stack.name: tables[stack.name].lookup_pooled(stack, backend, ids.stacks[stack.name].shard(0), sentinel)
+        for stack in plan.stacks
+    }
+    return by_feature(plan, ids, pooled)

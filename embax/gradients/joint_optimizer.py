@@ -1,0 +1,214 @@
+"""One optimizer call for a whole model: optax for the dense parameters, each table's own optimizer for its rows."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from embax.gradients.accumulation import Pending, accumulate, emitted, start
+from embax.gradients.norms import clip_by_global_norm
+from embax.gradients.table import Prefetched, Table
+from embax.row_gradients import RowGradients, check_rows
+from embax.table_state import TableState, init_slots
+from embax.update import apply_rows
+
+
+class JointState(NamedTuple):
+    """The state of a JointOptimizer.
+
+    Attributes:
+      step: int32, updates made: what schedules and bias corrections of the tables are computed from.
+      dense: the optax state of the parameters that are not tables.
+      slots: the tables' slot variables, in the order in which the tables stand in the parameters; those of layers
+        ``[L, V, D]`` are ``[L * V, D]``.
+      pending: what ``every_k`` accumulates, else None.
+    """
+
+    step: Any
+    dense: Any
+    slots: tuple
+    pending: Pending | None
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOptimizer:
+    """Steps a pytree of parameters in which some leaves are ``embax.Table``: one call for all of them.
+
+    Args:
+      tx: an optax transformation for everything that is not a table (None where there is nothing else). An
+        ``optax.MultiSteps`` of a fixed number of steps sets ``every_k``.
+      max_norm: the global norm to which all gradients together, dense and rows, are scaled down, as
+        ``optax.clip_by_global_norm`` would with dense ones; None for no clipping.
+      every_k: gradients of this many calls are averaged before one update is made of them. Rows are kept as rows: the
+        memory is that of ``every_k`` batches.
+
+    >>> import jax.numpy as jnp, optax, embax
+    >>> params = {"word": embax.Table(jnp.ones((4, 2)), embax.SGD(0.5)), "scale": jnp.float32(1)}
+    >>> optimizer = embax.JointOptimizer(optax.sgd(0.5))
+    >>> state = optimizer.init(params)
+    >>> loss = lambda params: (params["word"][jnp.array([3, 3])] * params["scale"]).sum()
+    >>> value, gradients = embax.value_and_grad(loss)(params)
+    >>> params, state = optimizer.update(params, gradients, state)
+    >>> params["word"].value[:, 0].tolist(), params["scale"].tolist()
+    ([1.0, 1.0, 1.0, 0.0], -1.0)
+    """
+
+    tx: Any = None
+    max_norm: float | None = None
+    every_k: int = 1
+
+    def __post_init__(self):
+        if self.tx is not None and not (hasattr(self.tx, "init") and hasattr(self.tx, "update")):
+            raise TypeError(f"JointOptimizer: tx={self.tx!r} has no init and update; pass an optax transformation")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"JointOptimizer: max_norm={self.max_norm!r} must be greater than 0, or None")
+        if hasattr(self.tx, "inner_opt") and hasattr(self.tx, "has_updated"):
+            steps = _multi_steps(self.tx)
+            if self.every_k not in (1, steps):
+                raise ValueError(f"JointOptimizer: every_k={self.every_k}, and tx is an optax.MultiSteps of {steps}")
+            object.__setattr__(self, "every_k", steps)
+            object.__setattr__(self, "tx", self.tx.inner_opt)
+        if not isinstance(self.every_k, int) or isinstance(self.every_k, bool) or self.every_k < 1:
+            raise ValueError(f"JointOptimizer: every_k={self.every_k!r} must be an integer of at least 1")
+
+    def init(self, params: Any, like: Any = None) -> JointState:
+        """Returns the state for ``params``.
+
+        Args:
+          params: a pytree of arrays and Tables.
+          like: gradients, or their shapes (``jax.eval_shape``), to make room for with ``every_k``; without it the first
+            update makes room, and changes the structure of the state.
+        """
+        tables, dense = split(params)
+        if self.tx is None and jax.tree.leaves(dense):
+            raise ValueError(
+                f"JointOptimizer: tx is None, and there are {len(jax.tree.leaves(dense))} dense parameters beside the "
+                "tables; pass an optax transformation for them"
+            )
+        state = () if self.tx is None else self.tx.init(dense)
+        _check_no_multi_steps(state)
+        slots = tuple(init_slots(table.optimizer, _flat(table.value)).slots for table in tables)
+        pending = None
+        if self.every_k > 1 and like is not None:
+            pending = start(self.every_k, *_split_gradients(params, like))
+        return JointState(jnp.zeros((), jnp.int32), state, slots, pending)
+
+    def update(self, params: Any, gradients: Any, state: JointState, **extra: Any) -> tuple[Any, JointState]:
+        """Returns parameters and state after one step; nothing as large as a table is made.
+
+        Args:
+          params: as given to ``init``.
+          gradients: from ``embax.value_and_grad``: RowGradients where the tables stand.
+          state: from ``init`` or ``update``.
+          extra: for optax transformations that want more, such as ``value=``.
+
+        Raises:
+          TypeError: a table's gradient that is no RowGradients.
+          ValueError: gradients of another structure, or of another table.
+        """
+        tables, dense = split(params)
+        rows, dense_gradients = _split_gradients(params, gradients)
+        if self.every_k > 1:
+            pending = accumulate(self.every_k, state.pending, rows, dense_gradients)
+            ready, rows, dense_gradients = emitted(self.every_k, pending, tables)
+            state = state._replace(pending=pending)
+        else:
+            ready = None
+        if self.max_norm is not None:
+            rows, dense_gradients = clip_by_global_norm((rows, dense_gradients), self.max_norm)
+        dense, dense_state = self._dense(dense, dense_gradients, state.dense, ready, extra)
+        stepped = [
+            apply_rows(table.optimizer, TableState(_flat(table.value), slots), gradient, state.step)
+            for table, slots, gradient in zip(tables, state.slots, rows, strict=True)
+        ]
+        new = [
+            Table(stepped.table.reshape(table.shape), table.optimizer, table.name)
+            for table, stepped in zip(tables, stepped, strict=True)
+        ]
+        count = jnp.int32(1) if ready is None else ready.astype(jnp.int32)
+        slots = tuple(table.slots for table in stepped)
+        return merge(dense, new, params), state._replace(step=state.step + count, dense=dense_state, slots=slots)
+
+    def _dense(self, dense: Any, gradients: Any, state: Any, ready: Any, extra: Any) -> tuple[Any, Any]:
+        """Returns the dense parameters and their optax state after one update, made only if ``ready``."""
+        if self.tx is None:
+            return dense, state
+        import optax
+
+        def step(dense, gradients, state):
+            changes, state = optax.with_extra_args_support(self.tx).update(gradients, state, dense, **extra)
+            return optax.apply_updates(dense, changes), state
+
+        if ready is None:
+            return step(dense, gradients, state)
+        return jax.lax.cond(ready, step, lambda dense, _, state: (dense, state), dense, gradients, state)
+
+
+def is_a_table(leaf: Any) -> bool:
+    """Returns whether ``leaf`` is a Table."""
+    return isinstance(leaf, Table)
+
+
+def split(params: Any) -> tuple[list[Table], Any]:
+    """Returns the tables of ``params``, and ``params`` with None in their places."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_a_table)
+    tables = [leaf for leaf in leaves if is_a_table(leaf)]
+    return tables, jax.tree.unflatten(structure, [None if is_a_table(leaf) else leaf for leaf in leaves])
+
+
+def merge(dense: Any, tables: list[Table], params: Any) -> Any:
+    """Returns ``params`` with its tables and the rest replaced: the inverse of ``split``."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_a_table)
+    others, remaining = iter(jax.tree.leaves(dense)), iter(tables)
+    return jax.tree.unflatten(structure, [next(remaining if is_a_table(leaf) else others) for leaf in leaves])
+
+
+def _split_gradients(params: Any, gradients: Any) -> tuple[list[RowGradients], Any]:
+    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=is_a_table)
+    try:
+        parts = structure.flatten_up_to(gradients)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"JointOptimizer: the gradients must have the structure of the parameters, {structure}, as "
+            f"embax.value_and_grad returns them; {error}"
+        ) from None
+    rows = []
+    for index, ((path, leaf), part) in enumerate(zip(leaves, parts, strict=True)):
+        if is_a_table(leaf):
+            name = leaf.name or jax.tree_util.keystr(path, simple=True, separator="/")
+            if isinstance(part, Prefetched):
+                raise TypeError(
+                    f'table "{name}": the gradient is that of prefetched rows; pass prefetched.row_gradients(gradient)'
+                )
+            check_rows(part, f'table "{name}"')
+            rows.append(part)
+            parts[index] = None
+    return rows, jax.tree.unflatten(structure, parts)
+
+
+def _flat(value: Any) -> Any:
+    return jnp.reshape(value, (-1, value.shape[-1]))
+
+
+def _multi_steps(tx: Any) -> int:
+    """Returns the fixed number of steps of an optax.MultiSteps; raises for what cannot be followed."""
+    schedule = getattr(tx, "_every_k_schedule", None)
+    steps = {int(schedule(step)) for step in (0, 1, 7, 100, 10_000, 1_000_000)} if schedule else set()
+    skips = getattr(getattr(tx, "_should_skip_update_fn", None), "__qualname__", "")
+    if len(steps) != 1 or not getattr(tx, "_use_grad_mean", False) or not skips.startswith("MultiSteps."):
+        raise ValueError(
+            "JointOptimizer: this optax.MultiSteps has a schedule, a sum instead of a mean, or a rule to skip updates, "
+            "which rows cannot follow; pass the inner transformation and every_k="
+        )
+    return steps.pop()
+
+
+def _check_no_multi_steps(state: Any) -> None:
+    found = []
+    jax.tree.map(lambda node: None, state, is_leaf=lambda node: found.append(type(node).__name__) is not None)
+    if "MultiStepsState" in found:
+        raise ValueError(
+            "JointOptimizer: tx contains an optax.MultiSteps, and the tables would not wait for it; pass the "
+            "transformation inside of it, and every_k="
+        )

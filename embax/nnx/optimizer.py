@@ -1,0 +1,117 @@
+"""``embax.nnx.Optimizer``: ``flax.nnx.Optimizer`` that also steps the tables."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from embax.gradients.joint_optimizer import JointOptimizer, JointState
+from embax.nnx.gradients import table_name
+from embax.nnx.variables import PrefetchedValues, Table, TableGradient, table_leaf
+
+
+class Slots(nnx.Variable):
+    """A slot variable of a table, or what gradient accumulation keeps."""
+
+
+class Optimizer(nnx.Optimizer):
+    """``flax.nnx.Optimizer`` for models with tables: optax steps the parameters, each table's optimizer its rows.
+
+    Args:
+      model: the model.
+      tx: an optax transformation for the parameters; an ``optax.MultiSteps`` of a fixed number of steps too.
+      wrt: the parameters' filter, as for ``flax.nnx.Optimizer``.
+      max_norm: the global norm to which all gradients together, dense and rows, are scaled down.
+      every_k: gradients of this many calls are averaged before one update is made of them.
+
+    Attributes:
+      step: calls of ``update`` so far; ``updates`` those that changed the model, which schedules of tables count.
+
+    >>> import jax.numpy as jnp, optax, embax, embax.nnx
+    >>> from flax import nnx
+    >>> layer = embax.nnx.Embed(6, 2, optimizer=embax.SGD(1.0), embedding_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    >>> optimizer = embax.nnx.Optimizer(layer, optax.sgd(1.0), wrt=nnx.Param)
+    >>> loss, gradients = embax.nnx.value_and_grad(lambda layer: layer(jnp.array([3, 3])).sum())(layer)
+    >>> optimizer.update(layer, gradients)
+    >>> layer.embedding[:, 0].tolist()
+    [1.0, 1.0, 1.0, -1.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self, model: Any, tx: Any, *, wrt: Any = nnx.Param, max_norm: float | None = None, every_k: int = 1
+    ):
+        joint = JointOptimizer(tx, max_norm, every_k)
+        super().__init__(model, joint.tx, wrt=wrt)
+        self.joint = joint
+        params = _params(model, wrt)
+        slots = joint.init(params).slots
+        self.updates = Slots(jnp.zeros((), jnp.int32))
+        self.slots = nnx.Dict({name: Slots(table) for name, table in zip(params["tables"], slots, strict=True)})
+        self.pending = Slots(None)
+
+    def update(self, model: Any, grads: Any, /, **extra: Any) -> None:
+        """Steps the model in place.
+
+        Args:
+          model: as given at construction.
+          grads: from ``embax.nnx.value_and_grad``, or ``embax.nnx.row_gradients``.
+          extra: for optax transformations that want more, such as ``value=``.
+
+        Raises:
+          KeyError: a table without a gradient, or a gradient without a table.
+          TypeError: gradients of prefetched rows.
+        """
+        params = _params(model, self.wrt)
+        slots = tuple(self.slots[name].get_value() for name in params["tables"])
+        state = JointState(self.updates.get_value(), nnx.as_pure(self.opt_state), slots, self.pending.get_value())
+        new, state = self.joint.update(params, _gradients(params, grads, self.wrt), state, **extra)
+        nnx.update(model, new["dense"])
+        for name, variable in _tables(model).items():
+            variable.set_value(new["tables"][name].value)
+        nnx.update(self.opt_state, nnx.state(state.dense))
+        for name, table in zip(params["tables"], state.slots, strict=True):
+            self.slots[name].set_value(table)
+        self.updates.set_value(state.step)
+        self.pending.set_value(state.pending)
+        self.step[...] += 1
+
+
+def _tables(model: Any) -> dict[str, Table]:
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, Table)):
+        name = table_name(path, variable)
+        if name in found:
+            raise ValueError(f"two tables of the model are named {name!r}; give each Embed a name of its own")
+        found[name] = path
+    return {name: _at(model, path) for name, path in found.items()}
+
+
+def _at(model: Any, path: Any) -> Any:
+    for key in path:
+        model = model[key] if isinstance(model, (dict, list, tuple, nnx.Dict, nnx.List)) else getattr(model, key)
+    return model
+
+
+def _params(model: Any, wrt: Any) -> dict[str, Any]:
+    dense = nnx.as_pure(nnx.state(model, wrt))
+    return {"dense": dense, "tables": {name: table_leaf(v, name) for name, v in _tables(model).items()}}
+
+
+def _gradients(params: Any, grads: Any, wrt: Any) -> dict[str, Any]:
+    rows, dense = {}, []
+    for path, variable in nnx.to_flat_state(grads):
+        if isinstance(variable, TableGradient):
+            rows[variable.get_metadata("table_name")] = variable.row_gradients
+        elif isinstance(variable, PrefetchedValues):
+            raise TypeError(
+                f'table "{variable.get_metadata("table_name")}": the gradient is that of prefetched rows; pass '
+                "embax.nnx.row_gradients(small, gradients)"
+            )
+        else:
+            dense.append((path, variable))
+    if set(rows) != set(params["tables"]):
+        raise KeyError(
+            f"the model has tables {sorted(params['tables'])}, and the gradients are of tables {sorted(rows)}; "
+            "differentiate the same model with embax.nnx.value_and_grad"
+        )
+    return {"dense": nnx.as_pure(nnx.state(nnx.from_flat_state(dense), wrt)), "tables": rows}

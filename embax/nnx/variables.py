@@ -1,0 +1,87 @@
+"""What a sparse layer keeps in a model: no ``nnx.Param`` but one scalar, so that dense optimizers pass its rows by."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from embax.gradients.primitive import SparseGradientError
+from embax.gradients.table import Prefetched
+from embax.gradients.table import Table as TableLeaf
+from embax.optimizers.base import Optimizer
+
+
+class Table(nnx.Variable):
+    """The rows of a table, ``[vocabulary_size, embedding_dim]``; its metadata ``optimizer`` steps them."""
+
+
+class Frozen(nnx.Variable):
+    """The rows of a table that is not trained."""
+
+
+class Sentinel(nnx.Param):
+    """A zero that nothing is computed from: a plain nnx.grad over the parameters differentiates it, and is told."""
+
+
+class PrefetchedValues(nnx.Param):
+    """The distinct rows of a table that a batch looks up: an ordinary small parameter."""
+
+
+class PrefetchedRows(nnx.Variable):
+    """Which rows those are; its metadata ``vocabulary_size`` says out of how many."""
+
+
+class TableGradient(nnx.Param):
+    """The RowGradients of a table, where a dense gradient would stand. ``row_gradients`` takes them out."""
+
+    def get_raw_value(self) -> Any:
+        """Raises: an optimizer that asks for a dense gradient would leave the table untrained."""
+        raise SparseGradientError(
+            f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer cannot apply; '
+            "use embax.nnx.Optimizer in its place"
+        )
+
+    @property
+    def row_gradients(self) -> Any:
+        """The RowGradients."""
+        return self._raw_value
+
+
+def sentinel() -> Sentinel:
+    """Returns a fresh sentinel."""
+    return Sentinel(jnp.zeros((), jnp.float32))
+
+
+def leaf(variable: Any, rows: Any, name: str) -> TableLeaf | Prefetched:
+    """Returns a table's variables as what the core looks up in.
+
+    Args:
+      variable: a Table, or PrefetchedValues.
+      rows: PrefetchedRows beside PrefetchedValues, else None.
+      name: of the table.
+    """
+    if isinstance(variable, PrefetchedValues):
+        return Prefetched(rows.get_value(), variable.get_value(), rows.get_metadata("vocabulary_size"), name)
+    return table_leaf(variable, name)
+
+
+def table_leaf(variable: Table, name: str) -> TableLeaf:
+    """Returns a Table variable as the core's Table."""
+    optimizer = variable.get_metadata("optimizer")
+    return TableLeaf.tree_unflatten((optimizer, name), (variable.get_value(),))
+
+
+def with_value(variable: Any, value: Any) -> Any:
+    """Returns a new Variable of the same type and metadata."""
+    return type(variable).from_metadata(value, variable.get_metadata())
+
+
+def check_optimizer(owner: str, optimizer: Any, dtype: Any) -> None:
+    """Raises unless ``optimizer`` is one of embax's, and ``dtype`` is floating point."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{owner}: optimizer={optimizer!r} must be an embax optimizer, such as embax.Adagrad(0.1); embax.Optax(...) "
+            "wraps one of optax"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{owner}: param_dtype={jnp.dtype(dtype).name} cannot be trained; leave optimizer= out")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from embax.gradients.norms import scale
-from embax.gradients.table import Table
 from embax.row_gradients import RowGradients, merge_row_gradients
 
 
@@ -52,7 +51,7 @@ def accumulate(every_k: int, pending: Pending | None, rows: list[RowGradients], 
     return Pending(place + 1, mean, kept)
 
 
-def emitted(every_k: int, pending: Pending, tables: list[Table]) -> tuple[jax.Array, list[RowGradients], Any]:
+def emitted(every_k: int, pending: Pending) -> tuple[jax.Array, list[RowGradients], Any]:
     """Returns (whether an update is due, mean row gradients, mean dense gradients); no rows where none is due."""
     ready = pending.count == every_k
 

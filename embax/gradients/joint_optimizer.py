@@ -109,26 +109,34 @@ class JointOptimizer:
         """
         tables, dense = split(params)
         rows, dense_gradients = _split_gradients(params, gradients)
+        dense, tables, state = self.step((dense, tables), (dense_gradients, rows), state, **extra)
+        return merge(dense, tables, params), state
+
+    def step(self, params: tuple, gradients: tuple, state: JointState, **extra: Any) -> tuple[Any, list, JointState]:
+        """Returns (dense parameters, tables, state): ``update`` for parameters and gradients taken apart.
+
+        Args:
+          params: (dense parameters, list of Tables).
+          gradients: (dense gradients, list of RowGradients).
+          state: from ``init`` or before.
+          extra: as for ``update``.
+        """
+        (dense, tables), (dense_gradients, rows) = params, gradients
+        ready = None
         if self.every_k > 1:
             pending = accumulate(self.every_k, state.pending, rows, dense_gradients)
-            ready, rows, dense_gradients = emitted(self.every_k, pending, tables)
+            ready, rows, dense_gradients = emitted(self.every_k, pending)
             state = state._replace(pending=pending)
-        else:
-            ready = None
         if self.max_norm is not None:
             rows, dense_gradients = clip_by_global_norm((rows, dense_gradients), self.max_norm)
         dense, dense_state = self._dense(dense, dense_gradients, state.dense, ready, extra)
-        stepped = [
-            apply_rows(table.optimizer, TableState(_flat(table.value), slots), gradient, state.step)
-            for table, slots, gradient in zip(tables, state.slots, rows, strict=True)
-        ]
-        new = [
-            Table(stepped.table.reshape(table.shape), table.optimizer, table.name)
-            for table, stepped in zip(tables, stepped, strict=True)
-        ]
+        new, slots = [], []
+        for table, old, gradient in zip(tables, state.slots, rows, strict=True):
+            stepped = apply_rows(table.optimizer, TableState(_flat(table.value), old), gradient, state.step)
+            new.append(Table(stepped.table.reshape(table.shape), table.optimizer, table.name))
+            slots.append(stepped.slots)
         count = jnp.int32(1) if ready is None else ready.astype(jnp.int32)
-        slots = tuple(table.slots for table in stepped)
-        return merge(dense, new, params), state._replace(step=state.step + count, dense=dense_state, slots=slots)
+        return dense, new, state._replace(step=state.step + count, dense=dense_state, slots=tuple(slots))
 
     def _dense(self, dense: Any, gradients: Any, state: Any, ready: Any, extra: Any) -> tuple[Any, Any]:
         """Returns the dense parameters and their optax state after one update, made only if ``ready``."""

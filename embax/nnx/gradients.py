@@ -55,7 +55,9 @@ def value_and_grad(fun: Callable, *, argnums: Any = 0, has_aux: bool = False) ->
 
         def call(leaves):
             variables = [(path, with_value(v, _value(leaf))) for (path, v), leaf in zip(flat, leaves, strict=True)]
-            merged = nnx.merge(graph, nnx.from_flat_state(variables), rest)
+            # New Variables, of the trace that is on: those of the caller cannot be changed in here.
+            others = [(path, with_value(v, v.get_raw_value())) for path, v in nnx.to_flat_state(rest)]
+            merged = nnx.merge(graph, nnx.from_flat_state([*variables, *others]))
             out = fun(*(merged.get(n, arg) for n, arg in enumerate(args)), **kwargs)
             value, aux = out if has_aux else (out, None)
             return value, (aux, nnx.as_pure(nnx.state(merged, nnx.Not(nnx.Any(*chosen)))))

@@ -43,10 +43,10 @@ class Optimizer(nnx.Optimizer):
         joint = JointOptimizer(tx, max_norm, every_k)
         super().__init__(model, joint.tx, wrt=wrt)
         self.joint = joint
-        params = _params(model, wrt)
-        slots = joint.init(params).slots
+        tables = _tables(model)
+        slots = joint.init([table_leaf(v, name) for name, v in tables.items()]).slots if tables else ()
         self.updates = Slots(jnp.zeros((), jnp.int32))
-        self.slots = nnx.Dict({name: Slots(table) for name, table in zip(params["tables"], slots, strict=True)})
+        self.slots = nnx.Dict({name: Slots(table) for name, table in zip(tables, slots, strict=True)})
         self.pending = Slots(None)
 
     def update(self, model: Any, grads: Any, /, **extra: Any) -> None:
@@ -61,16 +61,17 @@ class Optimizer(nnx.Optimizer):
           KeyError: a table without a gradient, or a gradient without a table.
           TypeError: gradients of prefetched rows.
         """
-        params = _params(model, self.wrt)
-        slots = tuple(self.slots[name].get_value() for name in params["tables"])
+        tables = _tables(model)
+        rows, dense_gradients = _split(grads, tables, self.wrt)
+        slots = tuple(self.slots[name].get_value() for name in tables)
         state = JointState(self.updates.get_value(), nnx.as_pure(self.opt_state), slots, self.pending.get_value())
-        new, state = self.joint.update(params, _gradients(params, grads, self.wrt), state, **extra)
-        nnx.update(model, new["dense"])
-        for name, variable in _tables(model).items():
-            variable.set_value(new["tables"][name].value)
+        params = nnx.as_pure(nnx.state(model, self.wrt)), [table_leaf(v, name) for name, v in tables.items()]
+        dense, stepped, state = self.joint.step(params, (dense_gradients, rows), state, **nnx.as_pure(extra))
+        nnx.update(model, dense)
+        for (name, variable), table, slots in zip(tables.items(), stepped, state.slots, strict=True):
+            variable.set_value(table.value)
+            self.slots[name].set_value(slots)
         nnx.update(self.opt_state, nnx.state(state.dense))
-        for name, table in zip(params["tables"], state.slots, strict=True):
-            self.slots[name].set_value(table)
         self.updates.set_value(state.step)
         self.pending.set_value(state.pending)
         self.step[...] += 1
@@ -92,12 +93,8 @@ def _at(model: Any, path: Any) -> Any:
     return model
 
 
-def _params(model: Any, wrt: Any) -> dict[str, Any]:
-    dense = nnx.as_pure(nnx.state(model, wrt))
-    return {"dense": dense, "tables": {name: table_leaf(v, name) for name, v in _tables(model).items()}}
-
-
-def _gradients(params: Any, grads: Any, wrt: Any) -> dict[str, Any]:
+def _split(grads: Any, tables: Any, wrt: Any) -> tuple[list, Any]:
+    """Returns (row gradients in the order of ``tables``, dense gradients)."""
     rows, dense = {}, []
     for path, variable in nnx.to_flat_state(grads):
         if isinstance(variable, TableGradient):
@@ -109,9 +106,9 @@ def _gradients(params: Any, grads: Any, wrt: Any) -> dict[str, Any]:
             )
         else:
             dense.append((path, variable))
-    if set(rows) != set(params["tables"]):
+    if set(rows) != set(tables):
         raise KeyError(
-            f"the model has tables {sorted(params['tables'])}, and the gradients are of tables {sorted(rows)}; "
-            "differentiate the same model with embax.nnx.value_and_grad"
+            f"the model has tables {sorted(tables)}, and the gradients are of tables {sorted(rows)}; differentiate the "
+            "same model with embax.nnx.value_and_grad"
         )
-    return {"dense": nnx.as_pure(nnx.state(nnx.from_flat_state(dense), wrt)), "tables": rows}
+    return [rows[name] for name in tables], nnx.as_pure(nnx.state(nnx.from_flat_state(dense), wrt))

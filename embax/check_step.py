@@ -1,13 +1,12 @@
 """Does a training step touch only what its batch touches? Asked of the compiled program itself."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
-
-from embax.table_state import TableState
 
 # What may have the shape of a table without moving one: names, and the loops and calls that pass it through.
 _FREE = {
@@ -61,8 +60,8 @@ class StepReport:
 def check_step(function: Callable, *args: Any, donate_argnums: int | tuple[int, ...] = (), **kwargs: Any) -> StepReport:
     """Compiles a training step and reports the operations in it that are as large as a table.
 
-    Nothing runs. A table is any ``TableState`` among the arguments; without one, any two-dimensional array
-    among the donated arguments.
+    Nothing runs. Tables are those of any ``TableState``, ``embax.Table``, layer or optimizer state among the arguments;
+    without one, any two-dimensional array among the donated arguments.
 
     Args:
       function: the step, jitted (with its own donation) or plain.
@@ -88,11 +87,10 @@ def check_step(function: Callable, *args: Any, donate_argnums: int | tuple[int, 
         arrays = [leaf for i in chosen for leaf in jax.tree.leaves(args[i]) if getattr(leaf, "ndim", 0) == 2]
     if not arrays:
         raise ValueError(
-            "check_step: there is no TableState among the arguments, and no donated two-dimensional array; pass "
-            "the tables "
-            "as arguments of the step"
+            "check_step: there is no TableState or Table among the arguments, and no donated two-dimensional array; "
+            "pass the tables as arguments of the step"
         )
-    shapes = {_hlo_shape(array) for array in arrays}
+    shapes = set().union(*(_hlo_shapes(array) for array in arrays))
     found, writes = _inspect(compiled.as_text() or "", shapes)
     memory = compiled.memory_analysis()
     sizes = [int(array.size) * array.dtype.itemsize for array in arrays]
@@ -101,8 +99,15 @@ def check_step(function: Callable, *args: Any, donate_argnums: int | tuple[int, 
 
 
 def _table_arrays(tree: Any) -> list[Any]:
-    states = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, TableState))
-    return [leaf for state in states if isinstance(state, TableState) for leaf in jax.tree.leaves(state)]
+    # What holds a table or slots says so: TableState, embax.Table, the state of an optimizer, variables of a layer.
+    owners = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "table_arrays"))
+    return [array for owner in owners if hasattr(owner, "table_arrays") for array in owner.table_arrays()]
+
+
+def _hlo_shapes(array: Any) -> set[str]:
+    """Returns how HLO writes the array's shape; layers are also seen as one table."""
+    shapes = {tuple(array.shape), (math.prod(array.shape[:-1]), array.shape[-1])}
+    return {_hlo_shape(jax.ShapeDtypeStruct(shape, array.dtype)) for shape in shapes}
 
 
 def _hlo_shape(array: Any) -> str:

@@ -164,6 +164,15 @@ def plan(
     return Plan(tuple(stack_plans), planned, structure, backend)
 
 
+def as_plan(features: Any, settings: Mapping[str, Any]) -> Plan:
+    """Returns ``features`` if they are a Plan already, else their plan with these settings."""
+    if not isinstance(features, Plan):
+        return plan(features, **settings)
+    if settings:
+        raise ValueError(f"{', '.join(settings)}: a Plan is given, which has its settings; give them to embax.plan")
+    return features
+
+
 def _tables_of(specs: Sequence[FeatureSpec]) -> list[TableSpec]:
     """Returns the features' tables in order of first appearance, after checking every name."""
     if not specs:

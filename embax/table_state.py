@@ -29,6 +29,10 @@ class TableState(NamedTuple):
     table: Any
     slots: Any
 
+    def table_arrays(self) -> list[Any]:
+        """Returns the arrays, for ``check_step``."""
+        return jax.tree.leaves(tuple(self))
+
 
 def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
     """Returns fresh tables and slot variables, ``{stack name: TableState}``.
@@ -56,14 +60,16 @@ def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
 
 def init_rows(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
     """Returns the fresh rows of every stack, without slot variables."""
-    made = {}
-    for stack in plan.stacks:
-        exact = [_has_exact_tail(stack, table, key) for table in stack.tables]
-        values = jnp.zeros((stack.rows, stack.embedding_dim), stack.dtype)
-        for table, exact_tail in zip(stack.tables, exact, strict=True):
-            values = _filled(values, table_key(key, table.name), table, exact_tail)
-        made[stack.name] = values
-    return made
+    return {stack.name: init_stack_rows(stack, key) for stack in plan.stacks}
+
+
+def init_stack_rows(stack: StackPlan, key: jax.Array) -> jax.Array:
+    """Returns the fresh rows of one stack."""
+    exact = [_has_exact_tail(stack, table, key) for table in stack.tables]
+    values = jnp.zeros((stack.rows, stack.embedding_dim), stack.dtype)
+    for table, exact_tail in zip(stack.tables, exact, strict=True):
+        values = _filled(values, table_key(key, table.name), table, exact_tail)
+    return values
 
 
 def table_key(key: jax.Array, name: str) -> jax.Array:

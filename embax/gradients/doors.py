@@ -118,7 +118,7 @@ def _named(path: Any, leaf: Any) -> Any:
     """Returns ``leaf``, a table without a name called by its path; the argument number is left out."""
     if not isinstance(leaf, Table) or leaf.name:
         return leaf
-    return Table(leaf.value, leaf.optimizer, path_name(path[1:]) or "table")
+    return leaf.with_value(leaf.value, path_name(path[1:]) or "table")
 
 
 def path_name(path: Any) -> str:
@@ -132,7 +132,7 @@ def _differentiated(leaf: Any) -> Any:
 
 def _with_value(leaf: Any, value: Any) -> Any:
     if isinstance(leaf, Table):
-        return Table.tree_unflatten((leaf.optimizer, leaf.name), (value,))
+        return leaf.with_value(value)
     if isinstance(leaf, Prefetched):
         return Prefetched(leaf.rows, value, leaf.vocabulary_size, leaf.name)
     return value

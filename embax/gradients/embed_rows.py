@@ -38,3 +38,15 @@ def embed_ids(ids: jax.Array, num_embeddings: int) -> jax.Array:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError("Input type must be an integer or unsigned integer.")
     return jnp.zeros_like(ids) if num_embeddings == 1 else ids
+
+
+def low_rank(rows: jax.Array, factors: jax.Array, basis: jax.Array, scale: float) -> jax.Array:
+    """Returns ``rows`` ``[..., D]`` plus ``scale`` times their ``factors`` ``[..., r]`` by ``basis`` ``[r, D]``.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021), of a table read by row.
+
+    >>> import jax.numpy as jnp
+    >>> low_rank(jnp.ones((1, 2)), jnp.array([[3.0]]), jnp.array([[1.0, 10.0]]), 2.0).tolist()
+    [[7.0, 61.0]]
+    """
+    return rows + jnp.dot(factors, basis) * jnp.asarray(scale, rows.dtype)

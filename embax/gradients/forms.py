@@ -39,11 +39,11 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def batched(self, size: int, operands: tuple, dims: tuple) -> tuple["Form", jax.Array, list, int]:
-        """Returns form, table and operands of ``size`` such lookups at once, and the batch dimension of the result."""
+        """Returns form, table, operands of ``size`` such lookups at once, and the batch dimension of the result."""
 
     @abc.abstractmethod
     def located(self, shape: tuple[int, ...], offset: Any, total: int, operands: list) -> tuple["Form", list]:
-        """Returns the same lookup in a root table ``[total, D]``, in which this one's ``shape`` begins at ``offset``."""
+        """Returns the same lookup in a root table ``[total, D]``, where a table of ``shape`` begins at ``offset``."""
 
     @abc.abstractmethod
     def occurrences(self, operands: list) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
@@ -136,8 +136,8 @@ class Pool(Form):
         table, *rest = operands
         if dims[0] is not None:
             raise NotImplementedError(
-                f'table "{self.name}": vmap over the tables of a FeatureEmbed is not supported; give every table a name '
-                "of its own in one FeatureEmbed, or use an Embed"
+                f'table "{self.name}": vmap over the tables of a FeatureEmbed is not supported; give every table a '
+                "name of its own in one FeatureEmbed, or use an Embed"
             )
         moved = [
             jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)

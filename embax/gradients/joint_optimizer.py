@@ -30,6 +30,10 @@ class JointState(NamedTuple):
     slots: tuple
     pending: Pending | None
 
+    def table_arrays(self) -> list[Any]:
+        """Returns the slot variables, for ``check_step``."""
+        return jax.tree.leaves(self.slots)
+
 
 @dataclasses.dataclass(frozen=True)
 class JointOptimizer:
@@ -68,7 +72,7 @@ class JointOptimizer:
             if self.every_k not in (1, steps):
                 raise ValueError(f"JointOptimizer: every_k={self.every_k}, and tx is an optax.MultiSteps of {steps}")
             object.__setattr__(self, "every_k", steps)
-            object.__setattr__(self, "tx", self.tx.inner_opt)
+            object.__setattr__(self, "tx", self.tx.inner_opt)  # type: ignore
         if not isinstance(self.every_k, int) or isinstance(self.every_k, bool) or self.every_k < 1:
             raise ValueError(f"JointOptimizer: every_k={self.every_k!r} must be an integer of at least 1")
 
@@ -133,7 +137,7 @@ class JointOptimizer:
         new, slots = [], []
         for table, old, gradient in zip(tables, state.slots, rows, strict=True):
             stepped = apply_rows(table.optimizer, TableState(_flat(table.value), old), gradient, state.step)
-            new.append(Table(stepped.table.reshape(table.shape), table.optimizer, table.name))
+            new.append(table.with_value(stepped.table.reshape(table.shape)))
             slots.append(stepped.slots)
         count = jnp.int32(1) if ready is None else ready.astype(jnp.int32)
         return dense, new, state._replace(step=state.step + count, dense=dense_state, slots=tuple(slots))

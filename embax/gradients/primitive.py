@@ -36,10 +36,11 @@ def whole(name: str, table: jax.Array, sentinel: jax.Array) -> jax.Array:
 def no_dense_gradient(name: str, shape: tuple[int, ...]) -> SparseGradientError:
     """Returns the error for a plain derivative with respect to a table."""
     return SparseGradientError(
-        f'table "{name}" {list(shape)}: a plain jax.grad (nnx.grad, value_and_grad) reached it, and its optimizer takes '
-        "row gradients, which those cannot return. Differentiate the loss with embax.value_and_grad (with "
-        "embax.nnx.value_and_grad, embax.linen.value_and_grad in Flax), or look up in embax.prefetch(model, ids) instead "
-        "of the model; to train it densely leave optimizer= out"
+        f'table "{name}" {list(shape)}: a plain jax.grad (nnx.grad, value_and_grad) reached it, and its optimizer '
+        "takes row gradients, which those cannot return. Differentiate the loss with embax.value_and_grad (with "
+        "embax.nnx.value_and_grad, embax.linen.value_and_grad in Flax), or look up in embax.prefetch(model, ids) "
+        "instead of the model. It must stay the embax.Table that init made, not a bare array. To train it densely "
+        "leave optimizer= out"
     )
 
 
@@ -94,7 +95,7 @@ def _lookup_jvp(primals, tangents, *, form):
     out = lookup_p.bind(*primals, form=form)
     gains = tangents[-1]
     if not form.has_gains or isinstance(gains, ad.Zero):
-        return out, ad.Zero.from_primal_value(out)
+        return out, ad.Zero.from_primal_value(out)  # type: ignore
     # The activations are linear in the gains.
     return out, lookup_p.bind(table, sentinel, *operands[:-1], gains, form=form)
 
@@ -108,7 +109,7 @@ def _whole_jvp(primals, tangents, *, name):
     if any(not isinstance(tangent, ad.Zero) for tangent in tangents):
         raise whole_table(name, primals[0].shape, "attend")
     out = whole_p.bind(*primals, name=name)
-    return out, ad.Zero.from_primal_value(out)
+    return out, ad.Zero.from_primal_value(out)  # type: ignore
 
 
 def whole_table(name: str, shape: tuple[int, ...], use: str) -> SparseGradientError:

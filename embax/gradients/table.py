@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from embax.gradients.forms import Pool, Take
 from embax.gradients.primitive import SparseGradientError, lookup, whole
@@ -24,7 +25,7 @@ from embax.take import rows_of
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table that gets row gradients: ``embax.value_and_grad`` finds it in a pytree, ``embax.JointOptimizer`` steps it.
+    """A table that gets row gradients, as a leaf of any pytree.
 
     Args:
       value: float ``[vocabulary_size, embedding_dim]``; leading axes are layers.
@@ -97,6 +98,10 @@ class Table:
         sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
         return whole(self.name or "?", self.value, sentinel)
 
+    def table_arrays(self) -> list[Any]:
+        """Returns the array, for ``check_step``."""
+        return [self.value]
+
     def tree_flatten_with_keys(self):
         """Returns the value as the only leaf."""
         return [(jax.tree_util.GetAttrKey("value"), self.value)], (self.optimizer, self.name)
@@ -108,6 +113,10 @@ class Table:
         for field, value in zip(("value", "optimizer", "name"), (*leaves, *static), strict=True):
             object.__setattr__(table, field, value)
         return table
+
+    def with_value(self, value: Any, name: str | None = None) -> "Table":
+        """Returns the table with another value, and with ``name`` if it had none; nothing is checked."""
+        return self.tree_unflatten((self.optimizer, self.name or name), (value,))
 
 
 @jax.tree_util.register_dataclass
@@ -181,11 +190,22 @@ class Prefetched:
         return sum_rows(rows, gradients.reshape(-1, gradients.shape[-1]), total)
 
     def _check_covered(self, rows: jax.Array, found: jax.Array) -> None:
-        if any(isinstance(x, jax.core.Tracer) for x in (rows, found)):
+        if any(isinstance(x, Tracer) for x in (rows, found)):
             return
         missing = np.asarray(rows)[~np.asarray(found) & (np.asarray(rows) < self.vocabulary_size)]
         if missing.size:
             raise ValueError(
-                f'table "{self.name}": id {missing.flat[0]} is looked up, and embax.prefetch was not given it; prefetch '
-                "every id that the loss looks up"
+                f'table "{self.name}": id {missing.flat[0]} is looked up, and embax.prefetch was not given it; '
+                "prefetch every id that the loss looks up"
             )
+
+
+def check_optimizer(owner: str, optimizer: Any, dtype: Any) -> None:
+    """Raises unless ``optimizer`` is one of embax's, and ``dtype`` is floating point."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{owner}: optimizer={optimizer!r} must be an embax optimizer, such as embax.Adagrad(0.1); "
+            "embax.Optax(...) wraps one of optax"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{owner}: param_dtype={jnp.dtype(dtype).name} cannot be trained; leave optimizer= out")

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Literal
 from jax.extend.core import primitives as jax_primitives
 
 from embax.gradients.forms import Form
@@ -123,8 +123,8 @@ class Walk:
         if any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values()):
             return SparseGradientError(
                 f'table "{self.name(ref)}" {list(ref.shape)}: it is looked up inside of {primitive}, into which '
-                "embax.value_and_grad cannot follow it. Gather its rows before: embax.prefetch(model, ids) makes a model "
-                "whose lookups work everywhere"
+                "embax.value_and_grad cannot follow it. Gather its rows before: embax.prefetch(model, ids) makes a "
+                "model whose lookups work everywhere"
             )
         return whole_table(self.name(ref), ref.shape, f'an operation "{primitive}"')
 
@@ -144,8 +144,8 @@ def _lookup(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
     form, operands = eqn.params["form"].located(ref.shape, ref.offset, rows.shape[0], operands)
     if walk.tick is not None:
         return [_ticked(form.gather(rows, *operands), walk.tick)], []
-    activations = form.gather(rows, *operands) if tap is None else _tapped(form, rows, tap, operands)
-    token = activations.reshape(-1)[:1].astype(jnp.float32)
+    activations: Any = form.gather(rows, *operands) if tap is None else _tapped(form, rows, tap, operands)
+    token = jnp.ravel(activations)[:1].astype(jnp.float32)
     places, samples, gains = form.occurrences(operands)
     return [activations], Record(places, samples, gains, token, activations if tap is None else None, ref.root)
 
@@ -344,7 +344,7 @@ class _Hidden:
 
 
 def _closed(jaxpr: Any) -> Any:
-    return jaxpr if hasattr(jaxpr, "consts") else jax.extend.core.ClosedJaxpr(jaxpr, ())
+    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
 
 
 def _split_scan(params: Any, values: list) -> tuple[list, list, list]:

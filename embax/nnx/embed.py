@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 
 from embax.gradients.embed_rows import attend_to, embed_ids, mask_of
-from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, check_optimizer, leaf, sentinel
+from embax.gradients.table import check_optimizer
+from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, leaf, sentinel
 
 
 class Embed(nnx.Embed):
@@ -21,7 +22,6 @@ class Embed(nnx.Embed):
       features: embedding dimension D.
       optimizer: of the table's rows, such as ``embax.Adagrad(0.1)``; None for dense gradients.
       mask_zero: whether id 0 is padding: ``compute_mask`` then says where ids are not 0, as Keras' Embedding does.
-      name: of the table in messages; None for "embedding".
       rngs: for the initial values.
       settings: as for ``flax.nnx.Embed``: dtype, param_dtype, embedding_init, promote_dtype, embedding_metadata.
 
@@ -45,19 +45,17 @@ class Embed(nnx.Embed):
         *,
         optimizer: Any = None,
         mask_zero: bool = False,
-        name: str | None = None,
         rngs: Any,
         **settings: Any,
     ):
         super().__init__(num_embeddings, features, rngs=rngs, **settings)
         self.mask_zero = mask_zero
-        self.name = name or "embedding"
         self.sentinel = nnx.data(None)
         self.prefetched_rows = nnx.data(None)
         if optimizer is not None:
             check_optimizer("Embed", optimizer, self.param_dtype)
             param = self.embedding
-            metadata = {**param.get_metadata(), "optimizer": optimizer, "table_name": name}
+            metadata = {**param.get_metadata(), "optimizer": optimizer}
             self.embedding = Table.from_metadata(param.get_value(), metadata)
             self.sentinel = nnx.data(sentinel())
 
@@ -88,7 +86,7 @@ class Embed(nnx.Embed):
             return super().attend(query, out_sharding=out_sharding)
         if out_sharding is not None:
             raise NotImplementedError("Embed.attend: out_sharding is not supported with optimizer= or candidates=")
-        rows = self._leaf().whole(self.sentinel.get_value()) if candidates is None else self._rows(candidates)
+        rows = self._leaf().whole(self._sentinel()) if candidates is None else self._rows(candidates)
         query, rows = self.promote_dtype((query, rows), dtype=self.dtype)
         return attend_to(query, rows)
 
@@ -110,9 +108,12 @@ class Embed(nnx.Embed):
         self.embedding, self.prefetched_rows = values, nnx.data(rows)
 
     def _leaf(self):
-        return leaf(self.embedding, self.prefetched_rows, self.name)
+        return leaf(self.embedding, self.prefetched_rows, "embedding")
+
+    def _sentinel(self):
+        return None if self.sentinel is None else self.sentinel.get_value()
 
     def _rows(self, ids: jax.Array) -> jax.Array:
         if not self.sparse:
             return super().__call__(ids)
-        return self._leaf().lookup_rows(embed_ids(ids, self.num_embeddings), self.sentinel.get_value())
+        return self._leaf().lookup_rows(embed_ids(ids, self.num_embeddings), self._sentinel())

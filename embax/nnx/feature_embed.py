@@ -6,7 +6,7 @@ from flax import nnx
 
 from embax.gradients.features import lookup_features
 from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, leaf, sentinel
-from embax.planning import plan
+from embax.planning import as_plan
 from embax.table_state import init_rows
 
 
@@ -14,7 +14,8 @@ class FeatureEmbed(nnx.Module):
     """Looks up and pools many features: specifications in, activations out, in one structure.
 
     Args:
-      features: FeatureSpecs in any pytree, as for ``embax.plan``; the tables' optimizers are those of their TableSpecs.
+      features: FeatureSpecs in any pytree, as for ``embax.plan``, or a Plan; the tables' optimizers are those of their
+        TableSpecs.
       rngs: for the initial values, those of ``embax.init``.
       settings: as for ``embax.plan``: stacks, capacity, activation_dtype, backend.
 
@@ -37,7 +38,7 @@ class FeatureEmbed(nnx.Module):
     """
 
     def __init__(self, features: Any, *, rngs: Any, **settings: Any):
-        self.plan = plan(features, **settings)
+        self.plan = as_plan(features, settings)
         rows = init_rows(self.plan, rngs.params())
         optimizers = {stack.name: stack.optimizer for stack in self.plan.stacks}
         self.tables = nnx.Dict({name: Table(rows[name], optimizer=optimizers[name]) for name in rows})
@@ -52,9 +53,7 @@ class FeatureEmbed(nnx.Module):
             ``embax.preprocess_traced`` does: bad ids are counted and add nothing (preprocess outside to see them).
           weights: of raw ids, in the same structure.
         """
-        tables = {
-            name: leaf(variable, self.prefetched_rows.get(name), name) for name, variable in self.tables.items()
-        }
+        tables = {name: leaf(variable, self.prefetched_rows.get(name), name) for name, variable in self.tables.items()}
         return lookup_features(self.plan, tables, ids, weights, self.sentinel.get_value())
 
     def owned_tables(self) -> dict[tuple, Table]:

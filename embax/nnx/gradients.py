@@ -1,6 +1,6 @@
 """The two doors for NNX models: ``value_and_grad`` and ``prefetch``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, TableGr
 def value_and_grad(fun: Callable, *, argnums: Any = 0, has_aux: bool = False) -> Callable:
     """Returns a function that gives the value of ``fun`` and its gradient, as ``nnx.value_and_grad``.
 
-    Every ``embax.nnx.Table`` in a differentiated argument gets RowGradients, at the cost of its lookups. The gradient is
-    an ``nnx.State`` with those of the parameters, for tables an ``embax.nnx.TableGradient`` (whose ``row_gradients`` are
-    the rows): ``embax.nnx.Optimizer`` takes it. Variables that ``fun`` changes (batch statistics, random counters) are
-    changed in the model.
+    Every ``embax.nnx.Table`` in a differentiated argument gets RowGradients, at the cost of its lookups. The gradient
+    is an ``nnx.State`` with those of the parameters, and for tables an ``embax.nnx.TableGradient``, whose
+    ``row_gradients`` are the rows: ``embax.nnx.Optimizer`` takes it. Variables that ``fun`` changes (batch statistics,
+    random counters) are changed in the model.
 
     Args:
       fun: takes modules and arrays, returns a scalar, or ``(scalar, aux)``. It is traced, as under ``nnx.jit``.

@@ -7,11 +7,7 @@ from flax import nnx
 
 from embax.gradients.joint_optimizer import JointOptimizer, JointState
 from embax.nnx.gradients import table_name
-from embax.nnx.variables import PrefetchedValues, Table, TableGradient, table_leaf
-
-
-class Slots(nnx.Variable):
-    """A slot variable of a table, or what gradient accumulation keeps."""
+from embax.nnx.variables import Pending, PrefetchedValues, Slots, Table, TableGradient, table_leaf
 
 
 class Optimizer(nnx.Optimizer):
@@ -37,17 +33,15 @@ class Optimizer(nnx.Optimizer):
     [1.0, 1.0, 1.0, -1.0, 1.0, 1.0]
     """
 
-    def __init__(
-        self, model: Any, tx: Any, *, wrt: Any = nnx.Param, max_norm: float | None = None, every_k: int = 1
-    ):
+    def __init__(self, model: Any, tx: Any, *, wrt: Any = nnx.Param, max_norm: float | None = None, every_k: int = 1):
         joint = JointOptimizer(tx, max_norm, every_k)
         super().__init__(model, joint.tx, wrt=wrt)
         self.joint = joint
         tables = _tables(model)
         slots = joint.init([table_leaf(v, name) for name, v in tables.items()]).slots if tables else ()
-        self.updates = Slots(jnp.zeros((), jnp.int32))
+        self.updates = Pending(jnp.zeros((), jnp.int32))
         self.slots = nnx.Dict({name: Slots(table) for name, table in zip(tables, slots, strict=True)})
-        self.pending = Slots(None)
+        self.pending = Pending(None)
 
     def update(self, model: Any, grads: Any, /, **extra: Any) -> None:
         """Steps the model in place.

@@ -2,17 +2,33 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from embax.gradients.primitive import SparseGradientError
 from embax.gradients.table import Prefetched
 from embax.gradients.table import Table as TableLeaf
-from embax.optimizers.base import Optimizer
 
 
 class Table(nnx.Variable):
     """The rows of a table, ``[vocabulary_size, embedding_dim]``; its metadata ``optimizer`` steps them."""
+
+    def table_arrays(self) -> list[Any]:
+        """Returns the array, for ``check_step``."""
+        return [self.get_raw_value()]
+
+
+class Slots(nnx.Variable):
+    """The slot variables of a table."""
+
+    def table_arrays(self) -> list[Any]:
+        """Returns the arrays, for ``check_step``."""
+        return jax.tree.leaves(self.get_raw_value())
+
+
+class Pending(nnx.Variable):
+    """What gradient accumulation keeps, and the number of updates made."""
 
 
 class Frozen(nnx.Variable):
@@ -37,8 +53,8 @@ class TableGradient(nnx.Param):
     def get_raw_value(self) -> Any:
         """Raises: an optimizer that asks for a dense gradient would leave the table untrained."""
         raise SparseGradientError(
-            f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer cannot apply; '
-            "use embax.nnx.Optimizer in its place"
+            f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer cannot '
+            "apply; use embax.nnx.Optimizer in its place"
         )
 
     @property
@@ -74,14 +90,3 @@ def table_leaf(variable: Table, name: str) -> TableLeaf:
 def with_value(variable: Any, value: Any) -> Any:
     """Returns a new Variable of the same type and metadata."""
     return type(variable).from_metadata(value, variable.get_metadata())
-
-
-def check_optimizer(owner: str, optimizer: Any, dtype: Any) -> None:
-    """Raises unless ``optimizer`` is one of embax's, and ``dtype`` is floating point."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"{owner}: optimizer={optimizer!r} must be an embax optimizer, such as embax.Adagrad(0.1); embax.Optax(...) "
-            "wraps one of optax"
-        )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{owner}: param_dtype={jnp.dtype(dtype).name} cannot be trained; leave optimizer= out")

@@ -9,6 +9,7 @@ Six occurrences of four rows of a table of 7 rows::
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,24 +86,38 @@ def merge_row_gradients(*gradients: RowGradients) -> RowGradients:
 def sum_rows(rows: jax.Array, values: jax.Array, vocabulary_size: int) -> RowGradients:
     """Returns the row gradients of occurrences: int ``[n]`` rows in any order, ``[n, D]`` values.
 
-    A row outside of ``[0, vocabulary_size)`` is no row. Values of a row are added in their order.
+    A row outside of ``[0, vocabulary_size)`` is no row. Values of a row are added in their order. The capacity of the
+    result is ``n``, or ``vocabulary_size`` where that is less.
     """
-    count = rows.shape[0]
+    like = jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
+    return sum_occurrences(rows, lambda places: values[places].astype(jnp.float32), like, vocabulary_size)
+
+
+def sum_occurrences(rows: jax.Array, values_at: Callable, like: Any, vocabulary_size: int) -> RowGradients:
+    """Returns ``sum_rows`` of values that are not stored one by one.
+
+    Args:
+      rows: int ``[n]``, in any order; what is outside of ``[0, vocabulary_size)`` is no row.
+      values_at: maps int32 ``[m]`` places in ``rows`` to their float32 values ``[m, D]``.
+      like: shape ``(D,)`` and dtype of a row's gradient.
+      vocabulary_size: rows of the table.
+    """
+    (width,), count = like.shape, rows.shape[0]
+    capacity = min(count, vocabulary_size)
     valid = (rows >= 0) & (rows < vocabulary_size)
     keys = jnp.where(valid, rows, vocabulary_size).astype(jnp.int32)
+    empty = jnp.full(capacity, vocabulary_size, jnp.int32), jnp.zeros((capacity, width), like.dtype)
     if not count:
-        return RowGradients(keys, values, vocabulary_size)
-    width = values.shape[1]
+        return RowGradients(*empty, vocabulary_size)
 
     def write(state, rows, sums, ranks):
-        place = jnp.where(rows < vocabulary_size, ranks, count)
+        place = jnp.where(rows < vocabulary_size, ranks, capacity)
         return tuple(
             array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
             for array, new in zip(state, (rows, sums), strict=True)
         )
 
-    empty = jnp.full(count, vocabulary_size, jnp.int32), jnp.zeros(values.shape, values.dtype)
-    unique, summed = walk(keys, vocabulary_size, width, lambda at: values[at].astype(jnp.float32), write, empty)
+    unique, summed = walk(keys, vocabulary_size, width, values_at, write, empty)
     return RowGradients(unique, summed, vocabulary_size)
 
 

@@ -44,7 +44,8 @@ def take_gradient(ids: Any, cotangents: Any, *, vocabulary_size: int) -> RowGrad
       vocabulary_size: V, the rows of the table.
 
     Returns:
-      RowGradients of capacity ``ids.size``; ids outside of ``[-V, V)`` are dropped, as in the dense gradient.
+      RowGradients of capacity ``ids.size`` (V, if that is less); ids outside of ``[-V, V)`` are dropped, as in the
+      dense gradient.
 
     Raises:
       ValueError: ids that are not integers, or cotangents of another shape.

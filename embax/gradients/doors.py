@@ -1,5 +1,6 @@
 """``value_and_grad``: a loss over any pytree in which some leaves are tables; their gradients come as rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from embax.gradients.primitive import SparseGradientError
 from embax.gradients.table import Prefetched, Table
 from embax.gradients.walk import Record, Root, TableRef, Walk
 from embax.kernels.reference import after
-from embax.row_gradients import RowGradients, sum_rows
+from embax.row_gradients import RowGradients, sum_occurrences
 
 
 def is_table(leaf: Any) -> bool:
@@ -156,30 +157,44 @@ def _tap(record: Record) -> jax.Array:
 
 def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGradients:
     """Returns the sum over every lookup of one table."""
-    flat, width = _flat(table), table.shape[-1]
-    rows, values = [], []
+    total, width = math.prod(table.shape[:-1]), table.shape[-1]
     pairs = zip(jax.tree.leaves(records, is_leaf=_is_record), jax.tree.leaves(taps), strict=True)
-    for record, cotangent in pairs:
-        if record.root != index or not record.rows.size:
-            continue
+    found = [(r, c.reshape(-1, width)) for r, c in pairs if r.root == index and r.rows.size and c.size]
+    like = jax.ShapeDtypeStruct((width,), jnp.float32)
+    if not found:
+        return sum_occurrences(jnp.zeros(0, jnp.int32), lambda at: at, like, total)
+    rows, places, first = [], [], 0
+    for record, cotangent in found:
         # The rows need the token, so that an update in place comes after the lookup.
         rows.append(after(record.rows.reshape(-1), record.token))
-        values.append(_by_occurrence(record, cotangent.reshape(-1, width).astype(jnp.float32)))
-    if not rows:
-        return RowGradients(jnp.zeros(0, jnp.int32), jnp.zeros((0, width), jnp.float32), flat.shape[0])
-    return sum_rows(jnp.concatenate(rows), jnp.concatenate(values), flat.shape[0])
+        places.append(_activation_of(record, first, cotangent.shape[0]))
+        first += cotangent.shape[0]
+    pooled = any(record.samples is not None for record, _ in found)
+    place = jnp.concatenate(places) if pooled else None
+    gain, cotangent = _joined([record.gains for record, _ in found], rows), jnp.concatenate([c for _, c in found])
+
+    def values_at(at):
+        values = cotangent[at if place is None else place[at]].astype(jnp.float32)
+        return values if gain is None else values * gain[at][:, None]
+
+    return sum_occurrences(jnp.concatenate(rows), values_at, like, total)
 
 
-def _by_occurrence(record: Record, cotangent: jax.Array) -> jax.Array:
+def _activation_of(record: Record, first: int, count: int) -> jax.Array:
+    """Returns which activation has the gradient of each of a record's rows: of ``count``, counted from ``first``."""
     if record.samples is None:
-        return cotangent
-    count = record.samples.shape[-1]
-    batches = record.samples.size // max(count, 1)
-    # Stacked by scans: iteration i has its own samples.
-    per_batch = cotangent.shape[0] // max(batches, 1)
-    samples = record.samples.reshape(batches, count)
-    values = cotangent[samples.reshape(-1)] if per_batch else jnp.zeros((record.rows.size, cotangent.shape[1]))
-    return values if record.gains is None else values * record.gains.reshape(-1, 1)
+        return first + jnp.arange(count, dtype=jnp.int32)
+    # Leading axes are those of vmap and scan, whose every entry has samples of its own.
+    batches = record.samples.size // record.samples.shape[-1]
+    begins = first + jnp.arange(batches, dtype=jnp.int32)[:, None] * (count // batches)
+    return (record.samples.reshape(batches, -1) + begins).reshape(-1)
+
+
+def _joined(gains: list, rows: list) -> jax.Array | None:
+    if all(gain is None for gain in gains):
+        return None
+    parts = [jnp.ones(r.shape, jnp.float32) if g is None else g.reshape(-1) for g, r in zip(gains, rows, strict=True)]
+    return jnp.concatenate(parts)
 
 
 def _in_while_loop(table: Table) -> SparseGradientError:

@@ -49,8 +49,8 @@ class Form(abc.ABC):
     def occurrences(self, operands: list) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Returns ``(rows, samples, gains)`` of a located lookup.
 
-        ``rows`` are int32 rows of the root. Row i gets the gradient of activation i; where ``samples`` is given, that
-        of activation ``samples[i]``, times ``gains[i]`` where gains are given.
+        ``rows`` are int32 rows of the root. Row i gets the gradient of activation i; where ``samples`` is given,
+        that of activation ``samples[i]`` of its batch, times ``gains[i]`` where gains are given.
         """
 
 
@@ -157,10 +157,6 @@ class Pool(Form):
             return reference.present_rows(self.stack, ids), reference.sample_of_ids(ids)
 
         rows, samples = self._mapped(one)(*operands)
-        count = operands[1].shape[-1] - 1
-        batches = math.prod(rows.shape[: self.batch])
-        first = jnp.arange(batches, dtype=jnp.int32).reshape(rows.shape[: self.batch]) * count
-        samples = samples + first[..., None]
         return rows, samples, operands[2] if self.gained else None
 
     def _ids(self, ids, offsets, gains) -> StackIds:

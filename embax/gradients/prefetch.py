@@ -64,16 +64,17 @@ def prefetch_table(name: str, table: Table, ids: Any) -> Prefetched:
 
 
 def distinct(rows: jax.Array, size: int) -> jax.Array:
-    """Returns the distinct int32 ``rows`` below ``size``, rising, filled up with ``size`` to the same length.
+    """Returns the distinct int32 ``rows`` below ``size``, rising, filled up with ``size``; not more than ``size``.
 
     >>> distinct(jnp.array([5, 3, 6, 6, 3, 7]), 7).tolist()
     [3, 5, 6, 7, 7, 7]
     """
     count = rows.shape[0]
+    capacity = min(count, size)
     rows = jnp.sort(rows)
     first = jnp.append(True, rows[1:] != rows[:-1])[:count] & (rows < size)
-    place = jnp.where(first, jnp.cumsum(first, dtype=jnp.int32) - 1, count)
-    return jnp.full(count, size, jnp.int32).at[place].set(rows, mode="drop", unique_indices=True)
+    place = jnp.where(first, jnp.cumsum(first, dtype=jnp.int32) - 1, capacity)
+    return jnp.full(capacity, size, jnp.int32).at[place].set(rows, mode="drop", unique_indices=True)
 
 
 def ids_by_table(ids: Any, names: list[str]) -> dict[str, Any]:

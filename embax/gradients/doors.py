@@ -87,7 +87,7 @@ def differentiate(call: Callable, leaves: list) -> tuple[Any, Any, list]:
     values = [table.value for table in tables]
     jaxpr, out = jax.make_jaxpr(lambda dense, values: call(filled(dense, values)), return_shape=True)(dense, values)
     structure = jax.tree.structure(out)
-    walk = Walk(tuple(Root(table.name or "?", _flat(table)) for table in tables))
+    walk = Walk(tuple(Root(table.name or "unnamed", _flat(table)) for table in tables))
     refs = [TableRef(index, tuple(table.shape)) for index, table in enumerate(tables)]
     dense_leaves, dense_structure = jax.tree.flatten(dense)
 

@@ -83,7 +83,7 @@ class Table:
                 f'table "{self.name}" {list(self.shape)} is {self.shape[0]} layers; look up in one layer: scan or vmap '
                 "over the table"
             )
-        form = Take(self.name or "?")
+        form = Take(self.name or "unnamed")
         return lookup(form, self.value, sentinel, rows_of(ids, self.shape[-2]))
 
     def lookup_pooled(self, stack: StackPlan, backend: str, ids: StackIds, sentinel: Any = None) -> jax.Array:
@@ -96,7 +96,7 @@ class Table:
     def whole(self, sentinel: Any = None) -> jax.Array:
         """Returns all rows, for uses without a gradient; asking for one raises."""
         sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
-        return whole(self.name or "?", self.value, sentinel)
+        return whole(self.name or "unnamed", self.value, sentinel)
 
     def table_arrays(self) -> list[Any]:
         """Returns the array, for ``check_step``."""

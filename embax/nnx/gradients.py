@@ -1,19 +1,20 @@
 """The two doors for NNX models: ``value_and_grad`` and ``prefetch``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from embax.gradients.doors import differentiate
+from embax.gradients.doors import differentiate, is_table
 from embax.gradients.prefetch import ids_by_table, prefetch_table
 from embax.gradients.table import Prefetched
 from embax.gradients.table import Table as TableLeaf
 from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, TableGradient, table_leaf, with_value
 
 
-def value_and_grad(fun: Callable, *, argnums: Any = 0, has_aux: bool = False) -> Callable:
+def value_and_grad(fun: Callable | None = None, *, argnums: Any = 0, has_aux: bool = False) -> Callable:
     """Returns a function that gives the value of ``fun`` and its gradient, as ``nnx.value_and_grad``.
 
     Every ``embax.nnx.Table`` in a differentiated argument gets RowGradients, at the cost of its lookups. The gradient
@@ -22,7 +23,8 @@ def value_and_grad(fun: Callable, *, argnums: Any = 0, has_aux: bool = False) ->
     random counters) are changed in the model.
 
     Args:
-      fun: takes modules and arrays, returns a scalar, or ``(scalar, aux)``. It is traced, as under ``nnx.jit``.
+      fun: takes modules and arrays, returns a scalar, or ``(scalar, aux)``. It is traced, as under ``nnx.jit``. Left
+        out, the result is a decorator.
       argnums: an int or ``nnx.DiffState`` (the filter is for the parameters; tables are always differentiated), or a
         sequence of these.
       has_aux: whether ``fun`` returns ``(scalar, aux)``; aux is a pytree of arrays.
@@ -37,6 +39,8 @@ def value_and_grad(fun: Callable, *, argnums: Any = 0, has_aux: bool = False) ->
     >>> gradients.embedding.row_gradients.values.tolist()
     [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
     """
+    if fun is None:
+        return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux)
     wanted = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     filters = {w.argnum if isinstance(w, nnx.DiffState) else w: getattr(w, "filter", nnx.Param) for w in wanted}
 
@@ -47,28 +51,45 @@ def value_and_grad(fun: Callable, *, argnums: Any = 0, has_aux: bool = False) ->
                     f"value_and_grad: argnums={argnums} names argument {number} of {len(args)}; pass what is "
                     "differentiated by position, counted from 0"
                 )
-        nodes = {n: arg for n, arg in enumerate(args) if n in filters or _has_variables(arg)}
-        chosen = [_in_argument(n, nnx.Any(filters[n], Table)) for n in filters]
-        graph, state, rest = nnx.split(nodes, nnx.Any(*chosen), ...)
-        flat = nnx.to_flat_state(state)
-        leaves = [table_leaf(v, table_name(path[1:], v)) if isinstance(v, Table) else v.get_value() for path, v in flat]
-
-        def call(leaves):
-            variables = [(path, with_value(v, _value(leaf))) for (path, v), leaf in zip(flat, leaves, strict=True)]
-            # New Variables, of the trace that is on: those of the caller cannot be changed in here.
-            others = [(path, with_value(v, v.get_raw_value())) for path, v in nnx.to_flat_state(rest)]
-            merged = nnx.merge(graph, nnx.from_flat_state([*variables, *others]))
-            out = fun(*(merged.get(n, arg) for n, arg in enumerate(args)), **kwargs)
-            value, aux = out if has_aux else (out, None)
-            return value, (aux, nnx.as_pure(nnx.state(merged, nnx.Not(nnx.Any(*chosen)))))
-
-        value, (aux, changed), gradients = differentiate(call, leaves)
-        nnx.update(nodes, changed)
-        gradients = [(p, _gradient(p, v, g)) for (p, v), g in zip(flat, gradients, strict=True)]
-        states = tuple(_of_argument(n, args[n], gradients) for n in filters)
-        return (value, aux) if has_aux else value, states if isinstance(argnums, (tuple, list)) else states[0]
+        out, gradients = _differentiated(fun, filters, has_aux, args, kwargs)
+        return out, gradients if isinstance(argnums, (tuple, list)) else gradients[0]
 
     return with_gradients
+
+
+def _differentiated(fun: Callable, filters: dict, has_aux: bool, args: tuple, kwargs: dict) -> tuple[Any, tuple]:
+    """Returns (what ``fun`` returned, gradients of the arguments in ``filters``)."""
+    nodes = {n: arg for n, arg in enumerate(args) if _has_variables(arg)}
+    chosen = nnx.Any(*(_in_argument(n, nnx.Any(filters[n], Table)) for n in filters))
+    graph, state, rest = nnx.split(nodes, chosen, ...)
+    flat = nnx.to_flat_state(state)
+    leaves = [table_leaf(v, table_name(path[1:], v)) if isinstance(v, Table) else v.get_value() for path, v in flat]
+    # Arguments without variables are differentiated as the pytrees that they are.
+    plain = {n: jax.tree.flatten(args[n], is_leaf=is_table) for n in filters if n not in nodes}
+
+    def call(leaves):
+        remaining = iter(leaves)
+        variables = [(path, with_value(v, _value(next(remaining)))) for path, v in flat]
+        # New Variables, of the trace that is on: those of the caller cannot be changed in here.
+        others = [(path, with_value(v, v.get_raw_value())) for path, v in nnx.to_flat_state(rest)]
+        merged = nnx.merge(graph, nnx.from_flat_state([*variables, *others])) if nodes else {}
+        for n, (parts, structure) in plain.items():
+            merged[n] = jax.tree.unflatten(structure, [next(remaining) for _ in parts])
+        out = fun(*(merged.get(n, arg) for n, arg in enumerate(args)), **kwargs)
+        value, aux = out if has_aux else (out, None)
+        after = {n: merged[n] for n in nodes}
+        return value, (aux, nnx.as_pure(nnx.state(after, nnx.Not(chosen))))
+
+    everything = [*leaves, *(leaf for parts, _ in plain.values() for leaf in parts)]
+    value, (aux, changed), gradients = differentiate(call, everything)
+    nnx.update(nodes, changed)
+    of_plain = iter(gradients[len(flat) :])
+    by_path = [(p, _gradient(p, v, g)) for (p, v), g in zip(flat, gradients, strict=False)]
+    found = {
+        n: jax.tree.unflatten(structure, [next(of_plain) for _ in parts]) for n, (parts, structure) in plain.items()
+    }
+    found |= {n: _of_argument(n, args[n], by_path) for n in filters if n in nodes}
+    return (value, aux) if has_aux else value, tuple(found[n] for n in filters)
 
 
 def prefetch(model: Any, ids: Any) -> Any:

@@ -72,19 +72,7 @@ class Optimizer(nnx.Optimizer):
 
 
 def _tables(model: Any) -> dict[str, Table]:
-    found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, Table)):
-        name = table_name(path, variable)
-        if name in found:
-            raise ValueError(f"two tables of the model are named {name!r}; give each Embed a name of its own")
-        found[name] = path
-    return {name: _at(model, path) for name, path in found.items()}
-
-
-def _at(model: Any, path: Any) -> Any:
-    for key in path:
-        model = model[key] if isinstance(model, (dict, list, tuple, nnx.Dict, nnx.List)) else getattr(model, key)
-    return model
+    return {table_name(path, v): v for path, v in nnx.to_flat_state(nnx.state(model, Table))}
 
 
 def _split(grads: Any, tables: Any, wrt: Any) -> tuple[list, Any]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from embax.gradients.primitive import SparseGradientError
+from embax.gradients.rules import RULES
 from embax.gradients.table import Prefetched, Table
 from embax.gradients.walk import Record, Root, TableRef, Walk
 from embax.kernels.reference import after
@@ -24,7 +25,7 @@ def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: boo
 
     As ``jax.value_and_grad``, but every ``embax.Table`` in the differentiated arguments gets ``RowGradients`` at the
     cost of its lookups, not of its size; ``embax.Prefetched`` too. All other leaves get what JAX gives. Lookups are
-    found wherever they are: behind jit, checkpoint, vmap, scan (over layers too), cond; whatever they are called on. A
+    found wherever they are: behind jit, checkpoint, vmap, scan (over layers too), cond, shard_map and pmap. A
     use of a table that has no row gradients raises, with the way out: nothing is left out silently.
 
     Args:
@@ -33,8 +34,8 @@ def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: boo
       has_aux: whether ``fun`` returns ``(scalar, aux)``.
 
     Raises:
-      SparseGradientError: a table is used as a whole, or inside of what cannot be looked into (a custom derivative,
-        shard_map); named with the way out.
+      SparseGradientError: a table is used as a whole, or inside of what cannot be looked into (a custom derivative, a
+        shard_map that splits it); named with the way out.
 
     >>> import jax.numpy as jnp, embax
     >>> params = {"word": embax.Table(jnp.ones((4, 2)), embax.Adagrad(0.1)), "scale": jnp.float32(1)}
@@ -87,7 +88,7 @@ def differentiate(call: Callable, leaves: list) -> tuple[Any, Any, list]:
     values = [table.value for table in tables]
     jaxpr, out = jax.make_jaxpr(lambda dense, values: call(filled(dense, values)), return_shape=True)(dense, values)
     structure = jax.tree.structure(out)
-    walk = Walk(tuple(Root(table.name or "unnamed", _flat(table)) for table in tables))
+    walk = Walk(tuple(Root(table.name or "unnamed", _flat(table)) for table in tables), RULES)
     refs = [TableRef(index, tuple(table.shape)) for index, table in enumerate(tables)]
     dense_leaves, dense_structure = jax.tree.flatten(dense)
 

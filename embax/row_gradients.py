@@ -50,6 +50,11 @@ class RowGradients:
         norm = self.norm()
         return self.scale(jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1.0), 1.0))
 
+    def absent(self) -> "RowGradients":
+        """Returns a gradient of the same capacity without rows."""
+        rows = jnp.full_like(self.rows, self.vocabulary_size)
+        return dataclasses.replace(self, rows=rows, values=jnp.zeros_like(self.values))
+
     def to_dense(self) -> jax.Array:
         """Returns the ``[vocabulary_size, embedding_dim]`` gradient: table-sized, for tests and small tables."""
         dense = jnp.zeros((self.vocabulary_size, self.values.shape[-1]), self.values.dtype)
@@ -125,7 +130,7 @@ def check_rows(gradient: Any, owner: str) -> None:
     """Raises unless ``gradient`` is a RowGradients whose rows are integers."""
     if not isinstance(gradient, RowGradients):
         raise TypeError(f"{owner}: {type(gradient).__name__} is not an embax.RowGradients")
-    if not jnp.issubdtype(jnp.asarray(gradient.rows).dtype, jnp.integer):
+    if not jnp.issubdtype(gradient.rows.dtype, jnp.integer):
         raise TypeError(
             f"{owner}: the rows of a RowGradients are {gradient.rows.dtype}; they must be integers. A tree.map "
             "over the "

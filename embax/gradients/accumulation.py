@@ -59,14 +59,8 @@ def emitted(every_k: int, pending: Pending) -> tuple[jax.Array, list[RowGradient
         return [scale(merge_row_gradients(g), 1 / every_k) for g in rows]
 
     def nothing(rows):
-        return [
-            RowGradients(
-                jnp.full(g.rows.size, g.vocabulary_size, jnp.int32),
-                jnp.zeros((g.rows.size, g.values.shape[-1]), jnp.float32),
-                g.vocabulary_size,
-            )
-            for g in rows
-        ]
+        none = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), g) for g in jax.eval_shape(merged, rows)]
+        return [g.absent() for g in none]
 
     return ready, jax.lax.cond(ready, merged, nothing, pending.rows), pending.dense
 

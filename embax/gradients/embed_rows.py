@@ -16,7 +16,7 @@ def attend_to(query: jax.Array, rows: jax.Array) -> jax.Array:
     """
     if rows.ndim == 2:
         return jnp.dot(query, rows.T)
-    if rows.shape[:-2] != query.shape[:-1]:
+    if rows.ndim < 2 or rows.shape[:-2] != query.shape[:-1]:
         raise ValueError(
             f"attend: query has shape {query.shape} and candidates {rows.shape[:-1]}; candidates must be [K], the same "
             f"for all queries, or {[*query.shape[:-1], 'K']}, those of each query"

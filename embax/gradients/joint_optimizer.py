@@ -1,12 +1,14 @@
 """One optimizer call for a whole model: optax for the dense parameters, each table's own optimizer for its rows."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from embax.gradients.accumulation import Pending, accumulate, emitted, start
+from embax.gradients.doors import path_name
 from embax.gradients.norms import clip_by_global_norm
 from embax.gradients.table import Prefetched, Table
 from embax.row_gradients import RowGradients, check_rows
@@ -91,7 +93,7 @@ class JointOptimizer:
                 "tables; pass an optax transformation for them"
             )
         state = () if self.tx is None else self.tx.init(dense)
-        _check_no_multi_steps(state)
+        _check_steady(state)
         slots = tuple(init_slots(table.optimizer, _flat(table.value)).slots for table in tables)
         pending = None
         if self.every_k > 1 and like is not None:
@@ -126,6 +128,8 @@ class JointOptimizer:
           extra: as for ``update``.
         """
         (dense, tables), (dense_gradients, rows) = params, gradients
+        for table, gradient in zip(tables, rows, strict=True):
+            _check_gradient(table, gradient)
         ready = None
         if self.every_k > 1:
             pending = accumulate(self.every_k, state.pending, rows, dense_gradients)
@@ -164,16 +168,17 @@ def is_a_table(leaf: Any) -> bool:
 
 def split(params: Any) -> tuple[list[Table], Any]:
     """Returns the tables of ``params``, and ``params`` with None in their places."""
-    leaves, structure = jax.tree.flatten(params, is_leaf=is_a_table)
-    tables = [leaf for leaf in leaves if is_a_table(leaf)]
-    return tables, jax.tree.unflatten(structure, [None if is_a_table(leaf) else leaf for leaf in leaves])
+    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=is_a_table)
+    tables = [leaf.with_value(leaf.value, path_name(path)) for path, leaf in leaves if is_a_table(leaf)]
+    return tables, jax.tree.unflatten(structure, [None if is_a_table(leaf) else leaf for _, leaf in leaves])
 
 
 def merge(dense: Any, tables: list[Table], params: Any) -> Any:
     """Returns ``params`` with its tables and the rest replaced: the inverse of ``split``."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_a_table)
     others, remaining = iter(jax.tree.leaves(dense)), iter(tables)
-    return jax.tree.unflatten(structure, [next(remaining if is_a_table(leaf) else others) for leaf in leaves])
+    new = [leaf.with_value(next(remaining).value) if is_a_table(leaf) else next(others) for leaf in leaves]
+    return jax.tree.unflatten(structure, new)
 
 
 def _split_gradients(params: Any, gradients: Any) -> tuple[list[RowGradients], Any]:
@@ -188,15 +193,24 @@ def _split_gradients(params: Any, gradients: Any) -> tuple[list[RowGradients], A
     rows = []
     for index, ((path, leaf), part) in enumerate(zip(leaves, parts, strict=True)):
         if is_a_table(leaf):
-            name = leaf.name or jax.tree_util.keystr(path, simple=True, separator="/")
             if isinstance(part, Prefetched):
+                name = leaf.name or path_name(path)
                 raise TypeError(
                     f'table "{name}": the gradient is that of prefetched rows; pass prefetched.row_gradients(gradient)'
                 )
-            check_rows(part, f'table "{name}"')
             rows.append(part)
             parts[index] = None
     return rows, jax.tree.unflatten(structure, parts)
+
+
+def _check_gradient(table: Table, gradient: RowGradients) -> None:
+    check_rows(gradient, f'table "{table.name}"')
+    shape = (math.prod(table.shape[:-1]), table.shape[-1])
+    if shape != (gradient.vocabulary_size, gradient.values.shape[-1]):
+        raise ValueError(
+            f'table "{table.name}" {list(shape)}: the gradient is of a table '
+            f"{[gradient.vocabulary_size, gradient.values.shape[-1]]}; pass that of this table"
+        )
 
 
 def _flat(value: Any) -> Any:
@@ -216,11 +230,21 @@ def _multi_steps(tx: Any) -> int:
     return steps.pop()
 
 
-def _check_no_multi_steps(state: Any) -> None:
+# States of transformations that hold updates back, which the tables would not know of.
+_HOLDING_BACK = {
+    "MultiStepsState": "MultiSteps",
+    "ApplyEvery": "apply_every",
+    "ApplyIfFiniteState": "apply_if_finite",
+    "ConditionallyTransformState": "conditionally_transform",
+}
+
+
+def _check_steady(state: Any) -> None:
     found = []
     jax.tree.map(lambda node: None, state, is_leaf=lambda node: found.append(type(node).__name__) is not None)
-    if "MultiStepsState" in found:
-        raise ValueError(
-            "JointOptimizer: tx contains an optax.MultiSteps, and the tables would not wait for it; pass the "
-            "transformation inside of it, and every_k="
-        )
+    for name in found:
+        if name in _HOLDING_BACK:
+            raise ValueError(
+                f"JointOptimizer: tx contains an optax.{_HOLDING_BACK[name]}, and the tables would not wait for it; "
+                "pass the transformation inside of it, and every_k= to accumulate"
+            )

@@ -129,6 +129,12 @@ class Walk:
                 "embax.value_and_grad cannot follow it. Gather its rows before: embax.prefetch(model, ids) makes a "
                 "model whose lookups work everywhere"
             )
+        if primitive in ("broadcast_in_dim", "select_n"):
+            return SparseGradientError(
+                f'table "{self.name(ref)}" {list(ref.shape)}: "{primitive}" would make copies of it. vmap of a cond '
+                "whose condition differs from entry to entry does so: look up before the cond, or in "
+                "embax.prefetch(model, ids), whose copies are small"
+            )
         return whole_table(self.name(ref), ref.shape, f'an operation "{primitive}"')
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from flax import serialization
 from flax.core.meta import AxisMetadata
 
 from embax.gradients.table import Table as TableLeaf
@@ -30,3 +31,11 @@ class Table(TableLeaf, AxisMetadata):
     def remove_axis(self, index: int, params: Any) -> "Table":
         """Returns the box."""
         return self
+
+
+# A checkpoint of the box is that of the array, as flax.linen.Embed would have written it; either goes into the box.
+serialization.register_serialization_state(
+    Table,
+    lambda box: serialization.to_state_dict(box.value),
+    lambda box, state: box.replace_boxed(serialization.from_state_dict(box.value, state)),
+)

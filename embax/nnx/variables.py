@@ -47,20 +47,24 @@ class PrefetchedRows(nnx.Variable):
     """Which rows those are; its metadata ``vocabulary_size`` says out of how many."""
 
 
-class TableGradient(nnx.Param):
-    """The RowGradients of a table, where a dense gradient would stand. ``row_gradients`` takes them out."""
-
-    def get_raw_value(self) -> Any:
-        """Raises: an optimizer that asks for a dense gradient would leave the table untrained."""
-        raise SparseGradientError(
-            f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer cannot '
-            "apply; use embax.nnx.Optimizer in its place"
-        )
+class TableGradient(nnx.Variable):
+    """The RowGradients of a table, where a dense gradient would stand."""
 
     @property
     def row_gradients(self) -> Any:
         """The RowGradients."""
-        return self._raw_value
+        return self.get_raw_value()
+
+    @property
+    def type(self) -> Any:
+        """Raises: flax asks this of a variable that a filter by another type, such as ``nnx.Param``, looks at.
+
+        ``nnx.Optimizer`` filters gradients so; it would leave this one out, and the table untrained.
+        """
+        raise SparseGradientError(
+            f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer cannot '
+            "apply; use embax.nnx.Optimizer in its place"
+        )
 
 
 def sentinel() -> Sentinel:

@@ -1,5 +1,7 @@
 """What a sparse layer keeps in a model: no ``nnx.Param`` but one scalar, so that dense optimizers pass its rows by."""
 
+import inspect
+import sys
 from typing import Any
 
 import jax
@@ -47,24 +49,31 @@ class PrefetchedRows(nnx.Variable):
     """Which rows those are; its metadata ``vocabulary_size`` says out of how many."""
 
 
-class TableGradient(nnx.Variable):
-    """The RowGradients of a table, where a dense gradient would stand."""
+class TableGradient(nnx.Param):
+    """The RowGradients of a table, where a dense gradient would stand.
+
+    An ``nnx.Param``, so that an optimizer over parameters stumbles over it instead of leaving its table untrained.
+    """
 
     @property
     def row_gradients(self) -> Any:
         """The RowGradients."""
-        return self.get_raw_value()
+        return super().get_raw_value()
 
-    @property
-    def type(self) -> Any:
-        """Raises: flax asks this of a variable that a filter by another type, such as ``nnx.Param``, looks at.
+    def get_raw_value(self) -> Any:
+        """Returns the RowGradients; to ``nnx.Optimizer``, which would fail on them obscurely, says what to use."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _PLAIN_UPDATE:
+                raise SparseGradientError(
+                    f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer '
+                    "cannot apply; use embax.nnx.Optimizer in its place"
+                )
+            frame = frame.f_back
+        return super().get_raw_value()
 
-        ``nnx.Optimizer`` filters gradients so; it would leave this one out, and the table untrained.
-        """
-        raise SparseGradientError(
-            f'table "{self.get_metadata("table_name")}": its gradient is RowGradients, which nnx.Optimizer cannot '
-            "apply; use embax.nnx.Optimizer in its place"
-        )
+
+_PLAIN_UPDATE = inspect.unwrap(nnx.Optimizer.update).__code__
 
 
 def sentinel() -> Sentinel:

@@ -84,6 +84,7 @@ def walk(
 
     used = jnp.sum(keys < bound, dtype=jnp.int32)
     start = (state, jnp.zeros(width, jnp.float32), jnp.int32(0))
+    start = varying_with(start, order, values_at(order[:chunk]))
     return jax.lax.fori_loop(0, -(-used // chunk), body, start)[0]
 
 
@@ -106,6 +107,29 @@ def run_sums(starts: jax.Array, values: jax.Array) -> jax.Array:
 
     longest = jnp.max(depth)
     return jax.lax.while_loop(lambda carry: carry[0] <= longest, double, (jnp.int32(1), values))[1]
+
+
+def varying_with(tree: Any, *likes: Any) -> Any:
+    """Returns ``tree`` in the type of what it is added to inside of a shard_map: varying along the axes of ``likes``.
+
+    A loop that carries it would else have another type after its first turn. Elsewhere nothing changes.
+    """
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves((tree, likes))))
+    if not axes:
+        return tree
+
+    def cast(leaf):
+        missing = tuple(sorted(axes - varying_axes(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def varying_axes(array: Any) -> frozenset:
+    """Returns the mesh axes of the shard_map around along which ``array`` differs from device to device."""
+    kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", ()))
 
 
 def chunk_of(count: int) -> int:

@@ -13,6 +13,7 @@ from embax.gradients.table import Prefetched, Table
 from embax.gradients.walk import Record, Root, TableRef, Walk
 from embax.kernels.reference import after
 from embax.row_gradients import RowGradients, sum_occurrences
+from embax.sorted_rows import varying_with
 
 
 def is_table(leaf: Any) -> bool:
@@ -153,7 +154,8 @@ def _is_record(node: Any) -> bool:
 
 
 def _tap(record: Record) -> jax.Array:
-    return jnp.zeros(record.activations.shape, record.activations.dtype)
+    like = record.activations
+    return varying_with(jnp.zeros(like.shape, like.dtype), like)
 
 
 def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGradients:

@@ -19,13 +19,11 @@ from jax.sharding import PartitionSpec
 
 from embax.gradients.forms import Form
 from embax.gradients.primitive import SparseGradientError, lookup_p, whole_p, whole_table
-from embax.gradients.walk import Hidden, Record, TableRef, Walk
+from embax.gradients.walk import Hidden, Record, TableRef, Walk, bind
 
 
 def _lookup(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
     ref, _, *operands = values
-    if not isinstance(ref, TableRef):
-        raise walk.refused(eqn, values)
     rows = walk.roots[ref.root].rows
     form, operands = eqn.params["form"].located(ref.shape, ref.offset, rows.shape[0], operands)
     if walk.tick is not None:
@@ -73,8 +71,53 @@ def _ticked_jvp(primals, tangents):
     return activations, tangent + (0 * tick).astype(activations.dtype)
 
 
-def _whole(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
-    raise walk.refused(eqn, values)
+def _otherwise(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
+    """All rows are used: computed as it is, for what no gradient flows through; where one does, it raises.
+
+    One scalar stands for the tap; a derivative that reaches it is one with respect to the whole table.
+    """
+    ref = next(value for value in values if isinstance(value, TableRef))
+    refused = walk.refused(eqn, ref)
+    if refused is not None:
+        raise refused
+    tick = _tick(walk, tap)
+    use = "attend" if eqn.primitive is whole_p else f'an operation "{eqn.primitive.name}"'
+    arrays = [
+        _guarded((walk.name(v), v.shape, use), walk.array(v), tick) if isinstance(v, TableRef) else v for v in values
+    ]
+    return bind(eqn, arrays), _tick_record(walk, ref, tick, tap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _guarded(use: tuple, array: jax.Array, tick: jax.Array) -> jax.Array:
+    return array
+
+
+def _guarded_forward(use, array, tick):
+    return array.value, None
+
+
+def _guarded_backward(use, kept, cotangent):
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    raise whole_table(*use)
+
+
+_guarded.defvjp(_guarded_forward, _guarded_backward, symbolic_zeros=True)
+
+
+def _tick(walk: Walk, tap: Any) -> Any:
+    if walk.tick is not None:
+        return walk.tick
+    return jnp.float32(0) if tap is None else tap
+
+
+def _tick_record(walk: Walk, ref: TableRef, tick: Any, tap: Any) -> Any:
+    """Returns the record of a use that has no rows, only a tick; none inside of a loop, whose tick has one already."""
+    if walk.tick is not None:
+        return []
+    nothing = jnp.zeros(0, jnp.int32)
+    return Record(nothing, None, None, jnp.zeros(1, jnp.float32), tick if tap is None else None, ref.root)
 
 
 def _stop_gradient(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
@@ -186,8 +229,8 @@ def _while(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
     carried = Hidden(carry)
     ref = next(value for value in values if isinstance(value, TableRef))
     # No reverse mode, hence no tap for each lookup: one scalar stands for all, and JAX complains if it matters.
-    tick = jnp.float32(0) if tap is None else tap
-    loop = dataclasses.replace(walk, tick=tick if walk.tick is None else walk.tick)
+    tick = _tick(walk, tap)
+    loop = dataclasses.replace(walk, tick=tick)
 
     def cond(arrays):
         return loop.run(params["cond_jaxpr"], [*cond_consts, *carried.fill(arrays)], None)[0][0]
@@ -200,9 +243,7 @@ def _while(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
         return Hidden(outs).arrays
 
     final = jax.lax.while_loop(cond, body, carried.arrays)
-    nothing = jnp.zeros(0, jnp.int32)
-    record = Record(nothing, None, None, jnp.zeros(1, jnp.float32), tick if tap is None else None, ref.root)
-    return carried.fill(final), record if walk.tick is None else []
+    return carried.fill(final), _tick_record(walk, ref, tick, tap)
 
 
 def _shard_map(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
@@ -296,12 +337,12 @@ def _split_scan(params: Any, values: list) -> tuple[list, list, list]:
 
 RULES = {
     lookup_p.name: _lookup,
-    whole_p.name: _whole,
     jax_primitives.stop_gradient_p.name: _stop_gradient,
     jax_primitives.jit_p.name: _jit,
     jax_primitives.remat_p.name: _checkpoint,
     jax_primitives.scan_p.name: _scan,
     jax_primitives.cond_p.name: _cond,
     jax_primitives.while_p.name: _while,
+    "otherwise": _otherwise,
     "shard_map": _shard_map,  # pmap too, which is one
 }

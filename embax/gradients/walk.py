@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from embax.gradients.primitive import SparseGradientError, whole_p, whole_table
+from embax.gradients.primitive import SparseGradientError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,11 @@ class Walk:
         for eqn in jaxpr.jaxpr.eqns:
             values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
             if any(isinstance(value, TableRef) for value in values):
-                rule = self.rules.get(eqn.primitive.name)
-                if rule is None:
-                    raise self.refused(eqn, values)
+                rule = self.rules.get(eqn.primitive.name, self.rules["otherwise"])
                 outs, record = rule(self, eqn, values, None if taps is None else next(remaining))
                 records.append(record)
             else:
-                outs = _bind(eqn, values)
+                outs = bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.jaxpr.outvars], records
 
@@ -118,11 +116,9 @@ class Walk:
         """Returns the table's name."""
         return self.roots[ref.root].name
 
-    def refused(self, eqn: Any, values: list) -> SparseGradientError:
-        ref = next(value for value in values if isinstance(value, TableRef))
+    def refused(self, eqn: Any, ref: TableRef) -> SparseGradientError | None:
+        """Returns the error for an equation into which ``ref`` cannot be followed; None if its rows may be used."""
         primitive = eqn.primitive.name
-        if eqn.primitive is whole_p:
-            return whole_table(self.name(ref), ref.shape, "attend")
         if any(hasattr(p, "eqns") or hasattr(p, "jaxpr") for p in eqn.params.values()):
             return SparseGradientError(
                 f'table "{self.name(ref)}" {list(ref.shape)}: it is looked up inside of {primitive}, into which '
@@ -135,10 +131,11 @@ class Walk:
                 "whose condition differs from entry to entry does so: look up before the cond, or in "
                 "embax.prefetch(model, ids), whose copies are small"
             )
-        return whole_table(self.name(ref), ref.shape, f'an operation "{primitive}"')
+        return None
 
 
-def _bind(eqn: Any, values: list) -> list:
+def bind(eqn: Any, values: list) -> list:
+    """Returns the outputs of an equation at ``values``, as JAX computes them."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*values, **params)

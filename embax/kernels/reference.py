@@ -15,7 +15,7 @@ from embax.id_batch import StackIds
 from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients, sum_rows
-from embax.sorted_rows import chunk_of, padded, walk
+from embax.sorted_rows import chunk_of, padded, varying_with, walk
 from embax.specs import QuantizationConfig
 from embax.table_state import TableState
 
@@ -83,7 +83,7 @@ def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper
         part = jax.lax.dynamic_slice(values, (at, jnp.int32(0)), (chunk, values.shape[1]))
         return step_rows(optimizer, state, jax.lax.dynamic_slice(rows, (at,), (chunk,)), part, hyper)
 
-    return jax.lax.fori_loop(0, -(-used // chunk), body, state)
+    return jax.lax.fori_loop(0, -(-used // chunk), body, varying_with(state, rows, values))
 
 
 def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: jax.Array) -> RowGradients:
@@ -240,7 +240,7 @@ def _pool_ragged(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array
 
     total = jnp.zeros((ids.offsets.shape[0] - 1, stack.embedding_dim), jnp.float32)
     used = jnp.clip(ids.offsets[-1], 0, count)
-    return jax.lax.fori_loop(0, -(-used // chunk), body, total)
+    return jax.lax.fori_loop(0, -(-used // chunk), body, varying_with(total, rows, table))
 
 
 def after(rows: jax.Array, token: jax.Array) -> jax.Array:

@@ -85,7 +85,9 @@ def _otherwise(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]
     arrays = [
         _guarded((walk.name(v), v.shape, use), walk.array(v), tick) if isinstance(v, TableRef) else v for v in values
     ]
-    return bind(eqn, arrays), _tick_record(walk, ref, tick, tap)
+    # attend's own mark has done its work here.
+    outs = arrays[:1] if eqn.primitive is whole_p else bind(eqn, arrays)
+    return outs, _tick_record(walk, ref, tick, tap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -161,9 +161,17 @@ class Prefetched:
 
     def whole(self, sentinel: Any = None) -> jax.Array:
         """Raises: the other rows are not here."""
-        raise SparseGradientError(
-            f'table "{self.name}": only the prefetched rows are here, and the loss uses the whole table (attend); use '
-            "attend(query, candidates=ids)"
+        raise self._only_these()
+
+    @property
+    def value(self) -> Any:
+        """Raises: a Table has all rows in it, and the others are not here."""
+        raise self._only_these()
+
+    def _only_these(self) -> SparseGradientError:
+        return SparseGradientError(
+            f'table "{self.name}": only the prefetched rows are here, and the loss uses the whole table (its value, or '
+            "attend without candidates); use attend(query, candidates=ids)"
         )
 
     def places(self, rows: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ test: lint
 ifneq ($(NEWEST),)
 	$(MAKE) .venv-newest/test.stamp
 	@.venv-newest/bin/python -c "import sys, jax; print('embax: again on Python', sys.version.split()[0], 'jax', jax.__version__)"
-	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and not nightly and not once"
 else
 	@echo "embax: skipped the tests on the newest jax: no Python newer than $(PYTHON) was found"
 endif
@@ -31,6 +31,10 @@ native: .venv/test.stamp
 
 nightly: .venv/test.stamp
 	.venv/bin/python -m pytest $(PYTEST_ARGS) -m "slow or nightly"
+ifneq ($(NEWEST),)
+	$(MAKE) .venv-newest/test.stamp
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS) -m "slow or nightly or once"
+endif
 
 bench: .venv/test.stamp
 	.venv/bin/python -m benchmarks

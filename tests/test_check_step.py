@@ -36,7 +36,7 @@ def test_bare_arrays_are_tables_where_they_are_donated():
         return table.at[ids].add(0.1)
 
     assert embax.check_step(sparse, jnp.zeros((1000, 4)), jnp.array([3]), donate_argnums=0).ok
-    with pytest.raises(ValueError, match="there is no TableState among the arguments, and no donated"):
+    with pytest.raises(ValueError, match="there is no TableState or Table among the arguments, and no donated"):
         embax.check_step(sparse, jnp.zeros((1000, 4)), jnp.array([3]))
 
 

@@ -13,6 +13,8 @@ import embax
 import embax.linen
 import embax.nnx
 
+pytestmark = pytest.mark.once
+
 BATCH = 3
 
 

@@ -15,6 +15,8 @@ import embax
 import embax.linen
 import embax.nnx
 
+pytestmark = pytest.mark.once
+
 FLAVOURS = ["nnx", "linen"]
 LARGE = 200_000
 OPTIMIZERS = {

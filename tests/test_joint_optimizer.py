@@ -12,6 +12,8 @@ import embax
 import embax.linen
 import embax.nnx
 
+pytestmark = pytest.mark.once
+
 ROWS, IDS, DIM = 61, 9, 3  # ids are the first few of the rows, so that calls share rows
 ADAGRAD = embax.Adagrad(0.2), optax.adagrad(0.2, initial_accumulator_value=0.1, eps=0)
 SGD = embax.SGD(0.2), optax.sgd(0.2)

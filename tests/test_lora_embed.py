@@ -18,6 +18,8 @@ import embax
 import embax.linen
 import embax.nnx
 
+pytestmark = pytest.mark.once
+
 SGD, V, D, RANK = embax.SGD(0.5), 40, 6, 2
 IDS = jnp.array([[3, -1, 3], [0, 39, 7]])
 same = functools.partial(jax.tree.map, np.testing.assert_array_equal)

@@ -93,12 +93,11 @@ class JointOptimizer:
                 "tables; pass an optax transformation for them"
             )
         state = () if self.tx is None else self.tx.init(dense)
-        _check_steady(state)
-        slots = tuple(init_slots(table.optimizer, _flat(table.value)).slots for table in tables)
+        check_steady(state)
         pending = None
         if self.every_k > 1 and like is not None:
             pending = start(self.every_k, *_split_gradients(params, like))
-        return JointState(jnp.zeros((), jnp.int32), state, slots, pending)
+        return JointState(jnp.zeros((), jnp.int32), state, fresh_slots(tables), pending)
 
     def update(self, params: Any, gradients: Any, state: JointState, **extra: Any) -> tuple[Any, JointState]:
         """Returns parameters and state after one step; nothing as large as a table is made.
@@ -159,6 +158,11 @@ class JointOptimizer:
         if ready is None:
             return step(dense, gradients, state)
         return jax.lax.cond(ready, step, lambda dense, _, state: (dense, state), dense, gradients, state)
+
+
+def fresh_slots(tables: list[Table]) -> tuple:
+    """Returns the slot variables of ``tables`` at the start."""
+    return tuple(init_slots(table.optimizer, _flat(table.value)).slots for table in tables)
 
 
 def is_a_table(leaf: Any) -> bool:
@@ -239,7 +243,8 @@ _HOLDING_BACK = {
 }
 
 
-def _check_steady(state: Any) -> None:
+def check_steady(state: Any) -> None:
+    """Raises for the state of an optax transformation that would update when the tables do not, or the reverse."""
     found = []
     jax.tree.map(lambda node: None, state, is_leaf=lambda node: found.append(type(node).__name__) is not None)
     for name in found:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from embax.gradients.joint_optimizer import JointOptimizer, JointState
+from embax.gradients.joint_optimizer import JointOptimizer, JointState, check_steady, fresh_slots
 from embax.nnx.gradients import table_name
 from embax.nnx.variables import Pending, PrefetchedValues, Slots, Table, TableGradient, table_leaf
 
@@ -38,7 +38,8 @@ class Optimizer(nnx.Optimizer):
         super().__init__(model, joint.tx, wrt=wrt)
         self.joint = joint
         tables = _tables(model)
-        slots = joint.init([table_leaf(v, name) for name, v in tables.items()]).slots if tables else ()
+        check_steady(self.opt_state)
+        slots = fresh_slots([table_leaf(v, name) for name, v in tables.items()])
         self.updates = Pending(jnp.zeros((), jnp.int32))
         self.slots = nnx.Dict({name: Slots(table) for name, table in zip(tables, slots, strict=True)})
         self.pending = Pending(None)

@@ -14,7 +14,7 @@ class Pending(NamedTuple):
 
     Attributes:
       count: int32, calls since then; all of them just after the call that completes an update.
-      dense: the running mean of the dense gradients, float32.
+      dense: the running mean of the dense gradients, float32 or wider.
       rows: for every table RowGradients with a leading axis: one entry for each call.
     """
 
@@ -33,7 +33,9 @@ def start(every_k: int, rows: list[RowGradients], dense: Any) -> Pending:
         )
         for g in rows
     ]
-    return Pending(jnp.int32(0), jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), dense), empty)
+    # As optax.MultiSteps: in float32 at least.
+    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.promote_types(g.dtype, jnp.float32)), dense)
+    return Pending(jnp.int32(0), zeros, empty)
 
 
 def accumulate(every_k: int, pending: Pending | None, rows: list[RowGradients], dense: Any) -> Pending:
@@ -42,11 +44,12 @@ def accumulate(every_k: int, pending: Pending | None, rows: list[RowGradients], 
         pending = start(every_k, rows, dense)
     place = pending.count % every_k
     seen = place.astype(jnp.float32)
-    mean = jax.tree.map(
-        lambda total, g: jnp.where(place == 0, 0, total) + (g - jnp.where(place == 0, 0, total)) / (seen + 1),
-        pending.dense,
-        dense,
-    )
+
+    def updated(total, gradient):
+        before = jnp.where(place == 0, 0, total)
+        return before + (gradient.astype(total.dtype) - before) / (seen + 1).astype(total.dtype)
+
+    mean = jax.tree.map(updated, pending.dense, dense)
     kept = [_written(old, new, place) for old, new in zip(pending.rows, rows, strict=True)]
     return Pending(place + 1, mean, kept)
 

@@ -132,7 +132,8 @@ class JointOptimizer:
         ready = None
         if self.every_k > 1:
             pending = accumulate(self.every_k, state.pending, rows, dense_gradients)
-            ready, rows, dense_gradients = emitted(self.every_k, pending)
+            ready, rows, means = emitted(self.every_k, pending)
+            dense_gradients = jax.tree.map(lambda mean, g: mean.astype(g.dtype), means, dense_gradients)
             state = state._replace(pending=pending)
         if self.max_norm is not None:
             rows, dense_gradients = clip_by_global_norm((rows, dense_gradients), self.max_norm)

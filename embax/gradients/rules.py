@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from embax.gradients.forms import Form
 from embax.gradients.primitive import SparseGradientError, lookup_p, whole_p, whole_table
-from embax.gradients.walk import Hidden, Record, TableRef, Walk, bind
+from embax.gradients.walk import Hidden, Record, TableRef, Walk, bind, use_of
 
 
 def _lookup(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
@@ -81,9 +81,9 @@ def _otherwise(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]
     if refused is not None:
         raise refused
     tick = _tick(walk, tap)
-    use = "attend" if eqn.primitive is whole_p else f'an operation "{eqn.primitive.name}"'
     arrays = [
-        _guarded((walk.name(v), v.shape, use), walk.array(v), tick) if isinstance(v, TableRef) else v for v in values
+        _guarded((walk.name(v), v.shape, use_of(eqn)), walk.array(v), tick) if isinstance(v, TableRef) else v
+        for v in values
     ]
     # attend's own mark has done its work here.
     outs = arrays[:1] if eqn.primitive is whole_p else bind(eqn, arrays)

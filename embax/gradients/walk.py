@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from embax.gradients.primitive import SparseGradientError
+from embax.gradients.primitive import SparseGradientError, lookup_p, whole_p, whole_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +93,21 @@ class Walk:
         env.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
         env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
         remaining, records = iter(taps or ()), []
+        made_of: dict[Any, tuple] = {}  # arrays computed from a whole table, and how: looked up, they have no rows
         for eqn in jaxpr.jaxpr.eqns:
             values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
             if any(isinstance(value, TableRef) for value in values):
                 rule = self.rules.get(eqn.primitive.name, self.rules["otherwise"])
                 outs, record = rule(self, eqn, values, None if taps is None else next(remaining))
                 records.append(record)
+                if rule is self.rules["otherwise"]:
+                    ref = next(value for value in values if isinstance(value, TableRef))
+                    made_of.update((v, (self.name(ref), ref.shape, use_of(eqn))) for v in eqn.outvars)
             else:
+                sources = [made_of[v] for v in eqn.invars if not isinstance(v, Literal) and v in made_of]
+                if sources and eqn.primitive is lookup_p:
+                    raise whole_table(*sources[0])
+                made_of.update((v, sources[0]) for v in eqn.outvars if sources)
                 outs = bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.jaxpr.outvars], records
@@ -132,6 +140,11 @@ class Walk:
                 "embax.prefetch(model, ids), whose copies are small"
             )
         return None
+
+
+def use_of(eqn: Any) -> str:
+    """Returns how an equation uses a whole table, in words."""
+    return "attend" if eqn.primitive is whole_p else f'an operation "{eqn.primitive.name}"'
 
 
 def bind(eqn: Any, values: list) -> list:

@@ -46,12 +46,13 @@ def value_and_grad(fun: Callable | None = None, *, argnums: Any = 0, has_aux: bo
 
     def with_gradients(*args, **kwargs):
         for number in filters:
-            if not 0 <= number < len(args):
+            if not -len(args) <= number < len(args):
                 raise ValueError(
                     f"value_and_grad: argnums={argnums} names argument {number} of {len(args)}; pass what is "
-                    "differentiated by position, counted from 0"
+                    "differentiated by position"
                 )
-        out, gradients = _differentiated(fun, filters, has_aux, args, kwargs)
+        by_place = {number % len(args): chosen for number, chosen in filters.items()}
+        out, gradients = _differentiated(fun, by_place, has_aux, args, kwargs)
         return out, gradients if isinstance(argnums, (tuple, list)) else gradients[0]
 
     return with_gradients
@@ -60,6 +61,7 @@ def value_and_grad(fun: Callable | None = None, *, argnums: Any = 0, has_aux: bo
 def _differentiated(fun: Callable, filters: dict, has_aux: bool, args: tuple, kwargs: dict) -> tuple[Any, tuple]:
     """Returns (what ``fun`` returned, gradients of the arguments in ``filters``)."""
     nodes = {n: arg for n, arg in enumerate(args) if _has_variables(arg)}
+    _check_no_sharing(nodes, filters)
     chosen = nnx.Any(*(_in_argument(n, nnx.Any(filters[n], Table)) for n in filters))
     graph, state, rest = nnx.split(nodes, chosen, ...)
     flat = nnx.to_flat_state(state)
@@ -78,10 +80,11 @@ def _differentiated(fun: Callable, filters: dict, has_aux: bool, args: tuple, kw
         out = fun(*(merged.get(n, arg) for n, arg in enumerate(args)), **kwargs)
         value, aux = out if has_aux else (out, None)
         after = {n: merged[n] for n in nodes}
-        return value, (aux, nnx.as_pure(nnx.state(after, nnx.Not(chosen))))
+        return value, (aux, nnx.as_pure(nnx.state(after, nnx.Not(Table))))
 
     everything = [*leaves, *(leaf for parts, _ in plain.values() for leaf in parts)]
     value, (aux, changed), gradients = differentiate(call, everything)
+    _check_nothing_new(nodes, changed)
     nnx.update(nodes, changed)
     of_plain = iter(gradients[len(flat) :])
     by_path = [(p, _gradient(p, v, g)) for (p, v), g in zip(flat, gradients, strict=False)]
@@ -158,6 +161,31 @@ def _has_variables(arg: Any) -> bool:
     if isinstance(arg, (jax.Array, str, bytes, int, float, type(None))):
         return False
     return any(isinstance(node, nnx.Variable) for _, node in nnx.iter_graph(arg))
+
+
+def _check_no_sharing(nodes: dict, filters: dict) -> None:
+    """Raises for a Variable in two arguments of which one is differentiated: neither would have its gradient."""
+    seen: dict[int, tuple] = {}
+    for number, arg in nodes.items():
+        for path, node in nnx.iter_graph(arg):
+            if not isinstance(node, nnx.Variable):
+                continue
+            other, first = seen.setdefault(id(node), (number, path))
+            if other != number and (other in filters or number in filters):
+                names = ["/".join(map(str, (f"argument {n}", *p))) for n, p in ((other, first), (number, path))]
+                raise ValueError(
+                    f"value_and_grad: {names[0]} and {names[1]} are one variable, and its gradient cannot be that of "
+                    "two arguments; pass the model once"
+                )
+
+
+def _check_nothing_new(nodes: dict, changed: Any) -> None:
+    known = {path for path, _ in nnx.to_flat_state(nnx.state(nodes))}
+    new = ["/".join(map(str, path[1:])) for path, _ in nnx.to_flat_state(changed) if path not in known]
+    if new:
+        raise NotImplementedError(
+            f"value_and_grad: the loss makes new variables ({', '.join(new)}), as sow does; return the values as aux"
+        )
 
 
 def _in_argument(number: int, chosen: Any) -> Any:

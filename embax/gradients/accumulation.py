@@ -34,7 +34,7 @@ def start(every_k: int, rows: list[RowGradients], dense: Any) -> Pending:
         for g in rows
     ]
     # As optax.MultiSteps: in float32 at least.
-    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.promote_types(g.dtype, jnp.float32)), dense)
+    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype if g.dtype.itemsize > 4 else jnp.float32), dense)
     return Pending(jnp.int32(0), zeros, empty)
 
 

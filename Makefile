@@ -30,7 +30,7 @@ lint: .venv/test.stamp
 native: .venv/test.stamp
 
 nightly: .venv/test.stamp
-	.venv/bin/python -m pytest $(PYTEST_ARGS) -m "slow or nightly"
+	EMBAX_EXAMPLES=200 .venv/bin/python -m pytest $(PYTEST_ARGS) -m "not once"
 ifneq ($(NEWEST),)
 	$(MAKE) .venv-newest/test.stamp
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS) -m "slow or nightly or once"

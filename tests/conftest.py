@@ -12,8 +12,15 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# `make nightly` asks for more.
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "40"))
 settings.register_profile(
-    "embax", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "embax",
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("embax")
 

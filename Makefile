@@ -2,12 +2,15 @@
 PYTHON ?= $(shell scripts/find_python.sh first)
 NEWEST ?= $(shell scripts/find_python.sh newest)
 PYTEST_ARGS ?= -n 2
+# Wheels for other processors, and how long each fuzz target runs.
+ZIG_TARGETS ?= aarch64-linux-gnu.2.17
+SECONDS ?= 600
 
 # What an installation depends on. Python files are not among them: the install is editable, and the native library
 # is built into embax/kernels/_native.
-INSTALLED := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(shell find third_party -type f)
+INSTALLED := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cc csrc/*.map) $(shell find third_party -type f)
 
-.PHONY: train test lint native nightly bench wheels wheel-check clean
+.PHONY: train test lint native nightly bench wheels wheel-check sanitize fuzz clean
 
 train: .venv/train.stamp
 	.venv/bin/embax train completejourney
@@ -39,13 +42,21 @@ endif
 bench: .venv/test.stamp
 	.venv/bin/python -m benchmarks
 
+# By the system's compiler for this processor, by ziglang's for the other.
 wheels: .venv/test.stamp
 	rm -rf build/wheel dist
 	.venv/bin/python -m build --wheel --outdir build/wheel
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	PYTHON=.venv/bin/python scripts/zig_wheels.sh dist $(ZIG_TARGETS)
 
 wheel-check:
 	PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" scripts/wheel_check.sh
+
+sanitize:
+	scripts/sanitize.sh
+
+fuzz:
+	scripts/fuzz.sh $(SECONDS)
 
 clean:
 	rm -rf .venv .venv-newest build dist embax/kernels/_native
@@ -69,6 +80,7 @@ endef
 	.venv/bin/python -m pip install --quiet --editable '.[test,dev]'
 	touch $@ .venv/train.stamp
 
-.venv-newest/test.stamp: $(INSTALLED) | .venv-newest/bin/python
-	.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
+# One native library serves every Python: the first environment has built it into the checkout.
+.venv-newest/test.stamp: $(INSTALLED) .venv/test.stamp | .venv-newest/bin/python
+	.venv-newest/bin/python -m pip install --quiet --editable '.[test]' --config-settings=wheel.cmake=false
 	touch $@

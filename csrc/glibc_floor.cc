@@ -2,7 +2,8 @@
 //
 // libstdc++ is linked statically. Built on a recent system its objects ask for two symbols that glibc gained, or gave
 // a new version, in 2.32 and 2.34; everything else is older than 2.17. Hidden definitions here answer them
-// inside this library and change nothing outside it.
+// inside this library and change nothing outside it. On x86-64 powf got a new version in 2.27, which reports errors
+// less; the old one returns the same numbers, and the kernels ask for that.
 
 #include <climits>  // any C header defines __GLIBC__
 
@@ -24,6 +25,14 @@ __attribute__((visibility("hidden"))) int pthread_once(int* state, void (*run)()
   }
   return 0;
 }
+
+#if defined(__x86_64__) && defined(__LP64__)
+__asm__(".symver embax_old_powf, powf@GLIBC_2.2.5");
+float embax_old_powf(float base, float exponent);
+float powf(float base, float exponent) noexcept {  // hidden by exports.map
+  return embax_old_powf(base, exponent);
+}
+#endif
 
 }  // extern "C"
 

@@ -20,6 +20,7 @@ The library in seven lines:
 (3, 4)
 """
 
+from embax.allocator import tune_allocator as tune_allocator
 from embax.check_step import StepReport as StepReport
 from embax.check_step import check_step as check_step
 from embax.gradients.doors import value_and_grad as value_and_grad
@@ -50,6 +51,9 @@ from embax.planning import Plan as Plan
 from embax.planning import plan as plan
 from embax.preprocess import preprocess as preprocess
 from embax.preprocess_traced import preprocess_traced as preprocess_traced
+from embax.quantized import QuantizedRows as QuantizedRows
+from embax.quantized import quantize_rows as quantize_rows
+from embax.quantized import quantize_tables as quantize_tables
 from embax.row_gradients import RowGradients as RowGradients
 from embax.row_gradients import merge_row_gradients as merge_row_gradients
 from embax.specs import FeatureSpec as FeatureSpec

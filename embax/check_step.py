@@ -21,7 +21,7 @@ _FREE = {
     "domain",
 }
 # One write of the touched rows, in place.
-_WRITES = {"scatter", "dynamic-update-slice", "custom-call"}
+_WRITES = {"scatter", "dynamic-update-slice"}
 _INSTRUCTION = re.compile(
     r"^\s*(ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$"
 )
@@ -121,7 +121,7 @@ def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
     computation, fused = "", _fused_computations(text)
     roots: dict[str, str] = {}
     instructions = []
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if header := _COMPUTATION.match(line):
             computation = header["name"]
         elif match := _INSTRUCTION.match(line):
@@ -132,6 +132,11 @@ def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
     for computation, match in instructions:
         shape = match["shape"].partition("{")[0]
         op = match["op"]
+        if op == "custom-call":
+            ours, stray = _call_results(match, shapes)
+            writes += ours
+            found += [f"{op} {match['name']} {shape}" for shape in stray]
+            continue
         if shape not in shapes or op in _FREE:
             continue
         if computation in fused:
@@ -147,6 +152,17 @@ def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
         elif op not in _FREE:
             found.append(f"{op} {match['name']} {shape}")
     return found, writes
+
+
+def _call_results(match: re.Match, shapes: set[str]) -> tuple[int, list[str]]:
+    """Returns how many results of a native call are tables written in place, and the shapes of those that are copies."""
+    results = re.findall(r"\w+\[[\d,]*\]", match["shape"])
+    aliased = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", match["rest"])
+    in_place = set(re.findall(r"\{(\d*)\}: \(", aliased[1])) if aliased else set()
+    alone = not match["shape"].startswith("(")
+    tables = [(("" if alone else str(index)) in in_place, shape) for index, shape in enumerate(results)]
+    tables = [(ours, shape) for ours, shape in tables if shape in shapes]
+    return sum(ours for ours, _ in tables), [shape for ours, shape in tables if not ours]
 
 
 def _fused_computations(text: str) -> set[str]:

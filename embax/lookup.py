@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from embax import kernels
-from embax.id_batch import IdBatch
+from embax.id_batch import IdBatch, StackIds
 from embax.kernels import differentiable
 from embax.planning import FeaturePlan, Plan, StackPlan
 from embax.table_state import TableState, check_tables
@@ -33,7 +33,7 @@ def lookup(plan: Plan, tables: Mapping[str, TableState], batch: IdBatch) -> tupl
 
     Args:
       plan: what ``embax.plan`` gave.
-      tables: ``{stack: TableState}`` from ``init`` or ``update``.
+      tables: ``{stack: TableState}`` from ``init`` or ``update``, or from ``quantize_tables``.
       batch: from ``preprocess`` or ``preprocess_traced``.
 
     Returns:
@@ -59,24 +59,33 @@ def lookup(plan: Plan, tables: Mapping[str, TableState], batch: IdBatch) -> tupl
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _lookup(plan: Plan, backend: str, rows: dict[str, jax.Array], batch: IdBatch) -> tuple[Any, Residuals]:
+def _lookup(plan: Plan, backend: str, rows: dict[str, Any], batch: IdBatch) -> tuple[Any, Residuals]:
     pooled = {
-        stack.name: differentiable.gather_pool(backend, stack, rows[stack.name], batch.stacks[stack.name].shard(0))
+        stack.name: _pooled(backend, stack, rows[stack.name], batch.stacks[stack.name].shard(0))
         for stack in plan.stacks
     }
-    tokens = {name: activations[:1, :1] for name, activations in pooled.items()}
-    return by_feature(plan, batch, pooled), Residuals(batch, tokens)
+    tokens = {name: _token(activations) for name, activations in pooled.items()}
+    return by_feature(plan, pooled), Residuals(batch, tokens)
 
 
-def by_feature(plan: Plan, batch: IdBatch, pooled: Mapping[str, jax.Array]) -> Any:
-    """Returns the stacks' activations ``[samples, embedding_dim]`` as those of the features, in their structure."""
+def _pooled(backend: str, stack: StackPlan, table: Any, ids: StackIds) -> tuple[jax.Array, ...]:
+    """Returns the activations of a stack's features; rows that are no plain array pool themselves."""
+    if hasattr(table, "lookup_pooled"):
+        return table.lookup_pooled(stack, backend, ids)
+    return differentiable.gather_pool(backend, stack, table, ids)
+
+
+def _token(activations: tuple[jax.Array, ...]) -> jax.Array:
+    """Returns one activation of a stack, of no feature in particular: one call makes them all."""
+    return max(activations, key=lambda part: part.size)[:1, :1]
+
+
+def by_feature(plan: Plan, pooled: Mapping[str, Sequence[jax.Array]]) -> Any:
+    """Returns the features' activations ``[samples, embedding_dim]``, given by stack, in the features' structure."""
     activations: list[Any] = [None] * len(plan.features)
     for stack in plan.stacks:
-        first = 0
-        for index, samples in zip(stack.features, batch.stacks[stack.name].samples, strict=True):
-            shape = activation_shape(stack, plan.features[index], samples)
-            activations[index] = pooled[stack.name][first : first + samples].reshape(shape)
-            first += samples
+        for index, part in zip(stack.features, pooled[stack.name], strict=True):
+            activations[index] = part.reshape(activation_shape(stack, plan.features[index], part.shape[0]))
     return jax.tree.unflatten(plan.structure, activations)
 
 

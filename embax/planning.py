@@ -91,8 +91,8 @@ class Plan:
         return cached
 
     def __getstate__(self):
-        # Hashes differ between processes: the kept one must not travel with the plan.
-        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+        # What is kept beside the fields (a hash, which differs between processes) must not travel with the plan.
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def stack(self, name: str) -> StackPlan:
         """Returns the stack of that name; KeyError lists the names there are."""

@@ -4,13 +4,15 @@ Nothing is changed before everything is checked. Inside jit, where nothing can b
 ``preprocess_traced``.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from embax.combiners import gains_from_weights
 from embax.id_batch import IdBatch, StackIds, Statistics, bucket
-from embax.id_inputs import Flat, flatten
+from embax.id_inputs import Flat, RaggedIds, flatten
+from embax.kernels import host
 from embax.planning import FeaturePlan, Plan, StackPlan
 
 
@@ -57,6 +59,9 @@ def preprocess(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
     if not isinstance(plan, Plan):
         raise TypeError(f"preprocess: a {type(plan).__name__} is not a Plan; call preprocess(plan, ids, weights)")
     leaves = plan.flatten(ids, "ids")
+    batch = _at_once(plan, leaves) if weights is None else None
+    if batch is not None:
+        return batch
     weight_leaves = [None] * len(leaves) if weights is None else plan.flatten(weights, "weights")
     columns = [
         _column(feature, flatten(feature, leaf, weight))
@@ -65,6 +70,124 @@ def preprocess(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
     stacks = {stack.name: _stack_ids(plan, stack, [columns[i] for i in stack.features]) for stack in plan.stacks}
     counts = np.array([c.counts for c in columns], np.int32)
     return IdBatch(stacks, Statistics(*counts.T[:, None, :]))
+
+
+# ---- at once: NumPy arrays without weights, and nothing wrong with them --------------------------------------
+
+
+class Guide(NamedTuple):
+    """What the plan says about the arrays of one feature: computed once for a plan, read for every batch."""
+
+    feature: FeaturePlan
+    index: int
+    rule: host.Rule
+    tail: tuple[int, ...]  # of the shape of a rectangle
+    valency: int
+    any_width: bool
+    ragged: bool
+    samples_per_row: int
+    gained: bool
+
+
+def _at_once(plan: Plan, leaves: list[Any]) -> IdBatch | None:
+    """Returns the batch; None if a feature has another form, or ids that must be refused in words."""
+    guides = plan.__dict__.get("_guides")
+    if guides is None:
+        guides = tuple((stack, tuple(_guide(plan, stack, i) for i in stack.features)) for stack in plan.stacks)
+        object.__setattr__(plan, "_guides", guides)
+    work = []
+    for stack, own in guides:
+        jobs = []
+        for guide in own:
+            source = None if guide is None else _source(guide, leaves[guide.index])
+            if source is None:
+                return None
+            jobs.append((guide, source))
+        work.append((stack, jobs))
+    counts, stacks = np.zeros((5, 1, len(leaves)), np.int32), {}
+    for stack, jobs in work:
+        ids = _filled(stack, jobs, counts)
+        if ids is None:
+            return None
+        stacks[stack.name] = ids
+    return IdBatch(stacks, Statistics(*counts))
+
+
+def _guide(plan: Plan, stack: StackPlan, index: int) -> Guide | None:
+    """Returns the guide of a feature; None if 64 bits do not hold its padding id."""
+    feature = plan.features[index]
+    table, padding = feature.table, feature.padding_id
+    if padding is not None and not -(2**63) <= padding < 2**63:
+        return None
+    combiner = table.combiner if feature.pooled else "sum"
+    tail = feature.input_shape(0)[1:]
+    return Guide(
+        feature=feature,
+        index=index,
+        rule=host.Rule(
+            table.vocabulary_size, table.row_offset, stack.rows, padding, feature.out_of_range == "drop", combiner
+        ),
+        tail=tail,
+        valency=tail[-1] if feature.pooled and len(tail) > len(feature.positions) else 1,
+        any_width=feature.pooled and not feature.positions and feature.valency is None,
+        ragged=feature.pooled and not feature.positions,
+        samples_per_row=feature.samples_per_row,
+        gained=combiner != "sum",
+    )
+
+
+def _source(guide: Guide, leaf: Any) -> host.Source | None:
+    """Returns the ids of a feature if they are a NumPy rectangle, or RaggedIds of NumPy arrays, that fits."""
+    if guide.ragged and type(leaf) is RaggedIds:
+        ids, splits = leaf.values, leaf.splits
+        if not (host.readable(ids) and host.readable(splits, host.SPLITS_TYPES) and ids.ndim == splits.ndim == 1):
+            return None
+        batch = samples = splits.size - 1
+        ids, splits, valency = host.packed(ids), host.packed(splits), None
+    elif host.readable(leaf) and leaf.ndim:
+        shape, ids, splits = leaf.shape, host.packed(leaf), None
+        batch = shape[0]
+        if shape[1:] == guide.tail:
+            samples, valency = batch * guide.samples_per_row, guide.valency
+        elif guide.any_width and len(shape) == 2:
+            samples, valency = shape
+        else:
+            return None
+    else:
+        return None
+    if guide.feature.batch_size is not None and batch != guide.feature.batch_size:
+        return None
+    return host.Source(ids, samples, valency, splits)
+
+
+def _filled(stack: StackPlan, jobs: list[tuple[Guide, host.Source]], counts: np.ndarray) -> StackIds | None:
+    """Returns the CSR of a stack, its features one after another; None if ids must be refused."""
+    brought, samples, valencies, gains = [], [], [], False
+    for guide, (ids, own_samples, valency, _) in jobs:
+        brought.append((guide.feature, ids.size, valency is not None))
+        samples.append(own_samples)
+        valencies.append(valency)
+        gains |= guide.gained and valency != 1
+    # Room for all ids, present or not; once it is known which are, the arrays are cut down to their capacity.
+    room = _capacity(brought)
+    if room >= 2**31 or sum(samples) >= 2**31:
+        return None
+    out = host.Arrays(room, sum(samples), gains, counts)
+    for guide, source in jobs:
+        if not host.fill(guide.rule, source, out, guide.index):
+            return None
+    if out.at < room:
+        present = [
+            (feature, size if rectangle else int(counts[0, 0, guide.index]), rectangle)
+            for (guide, _), (feature, size, rectangle) in zip(jobs, brought, strict=True)
+        ]
+        if any(_over(*entry) for entry in present):
+            return None
+        out.cut(_capacity(present), stack.rows)
+    return StackIds(out.ids, out.offsets, out.gains, tuple(samples), tuple(valencies))
+
+
+# ---- any form, feature by feature ---------------------------------------------------------------------------
 
 
 def _column(feature: FeaturePlan, flat: Flat) -> Column:
@@ -205,7 +328,17 @@ def _one_per_position(values: np.ndarray, lengths: np.ndarray, gains: np.ndarray
 def _stack_ids(plan: Plan, stack: StackPlan, columns: list[Column]) -> StackIds:
     """Returns the CSR of a stack, its features one after another."""
     total, samples = sum(len(c.values) for c in columns), sum(c.samples for c in columns)
-    capacity = _capacity(plan, stack, columns)
+    brought = [
+        (plan.features[i], len(c.values), isinstance(c.lengths, int))
+        for i, c in zip(stack.features, columns, strict=True)
+    ]
+    for feature, count, rectangle in brought:
+        if _over(feature, count, rectangle):
+            raise ValueError(
+                f'feature "{feature.name}": {count} ids in one batch, and plan(capacity=...) declares '
+                f"{feature.capacity}; declare more, or split the batch"
+            )
+    capacity = _capacity(brought)
     if capacity >= 2**31:
         raise ValueError(
             f'stack "{stack.name}": {total} ids in a batch (capacity {capacity}), and at most 2**31 - 1 are possible; '
@@ -243,20 +376,22 @@ def _ends(column: Column) -> np.ndarray:
     return np.cumsum(column.lengths)
 
 
-def _capacity(plan: Plan, stack: StackPlan, columns: list[Column]) -> int:
-    """Returns the ids that the stack's arrays hold: dense and declared exactly, the rest in one bucket."""
+def _over(feature: FeaturePlan, count: int, rectangle: bool) -> bool:
+    """Returns whether the plan declares fewer ids than the feature brings."""
+    return not rectangle and feature.capacity is not None and count > feature.capacity
+
+
+def _capacity(brought: Iterable[tuple[FeaturePlan, int, bool]]) -> int:
+    """Returns the ids that a stack's arrays hold: dense and declared exactly, the rest in one bucket.
+
+    ``brought`` says for each feature how many ids it brings, and whether they are a rectangle.
+    """
     fixed, free = 0, None
-    for index, column in zip(stack.features, columns, strict=True):
-        feature, count = plan.features[index], len(column.values)
-        if isinstance(column.lengths, int):
+    for feature, count, rectangle in brought:
+        if rectangle:
             fixed += count
         elif feature.capacity is None:
             free = (free or 0) + count
-        elif count > feature.capacity:
-            raise ValueError(
-                f'feature "{feature.name}": {count} ids in one batch, and plan(capacity=...) declares '
-                f"{feature.capacity}; declare more, or split the batch"
-            )
         else:
-            fixed += feature.capacity
+            fixed += max(feature.capacity, count)
     return fixed + (0 if free is None else bucket(free))

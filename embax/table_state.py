@@ -270,7 +270,8 @@ def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
             f"the plan has stacks {sorted(names)}, and the tables given are {sorted(tables)}; pass what init returned"
         )
     for stack in plan.stacks:
-        shape = jnp.shape(tables[stack.name].table)
+        table = tables[stack.name].table
+        shape = table.shape if hasattr(table, "shape") else jnp.shape(table)
         if shape != (stack.rows, stack.embedding_dim):
             raise ValueError(
                 f'stack "{stack.name}": the table has shape {shape}, and the plan says '
@@ -282,6 +283,7 @@ def check_slots(plan: Plan, tables: Mapping[str, TableState]) -> None:
     """Raises as ``check_tables``, and unless the slot variables are those of the plan's optimizers."""
     check_tables(plan, tables)
     for stack in plan.stacks:
+        check_trainable(tables[stack.name].table, f'stack "{stack.name}"')
         slots = stack.optimizer.slots()
         shapes = [slot.shape((stack.rows, stack.embedding_dim)) for slot in slots]
         given = tables[stack.name].slots
@@ -290,3 +292,13 @@ def check_slots(plan: Plan, tables: Mapping[str, TableState]) -> None:
                 f'stack "{stack.name}": the slot variables given are not those of {type(stack.optimizer).__name__}; '
                 "pass the tables that init made for this plan, or make fresh slots with embax.from_arrays"
             )
+
+
+def check_trainable(table: Any, what: str) -> None:
+    """Raises ValueError for quantized rows: they cannot take a step."""
+    bits = getattr(table, "bits", None)
+    if bits is not None:
+        raise ValueError(
+            f"{what}: the rows are quantized to {bits} bits, for lookups only; update the tables that they were made "
+            "from, and quantize those again (embax.quantize_tables, embax.quantize_rows)"
+        )

@@ -1,12 +1,15 @@
 """Lookup in a bare array: ids of any shape, no plan, no spec."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from embax.row_gradients import RowGradients, sum_rows
+from embax import kernels
+from embax.row_gradients import RowGradients
 
 
 def take(table: Any, ids: Any) -> jax.Array:
@@ -61,7 +64,14 @@ def take_gradient(ids: Any, cotangents: Any, *, vocabulary_size: int) -> RowGrad
             "ids.shape + (embedding_dim,)"
         )
     rows = rows_of(ids, vocabulary_size).reshape(-1)
-    return sum_rows(rows, cotangents.reshape(rows.shape[0], cotangents.shape[-1]), vocabulary_size)
+    values = cotangents.reshape(rows.shape[0], cotangents.shape[-1])
+    return _sum_rows(kernels.choose().name, rows, values, vocabulary_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _sum_rows(backend, rows, values, vocabulary_size):
+    summed = kernels.get(backend).sum_rows(rows, values, None, None, vocabulary_size)
+    return dataclasses.replace(summed, values=summed.values.astype(values.dtype))
 
 
 def rows_of(ids: Any, vocabulary_size: int) -> jax.Array:

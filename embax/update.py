@@ -13,7 +13,7 @@ from embax.lookup import Residuals, activation_shape
 from embax.optimizers.base import Optimizer
 from embax.planning import Plan, StackPlan
 from embax.row_gradients import RowGradients, check_rows
-from embax.table_state import TableState, check_slots
+from embax.table_state import TableState, check_slots, check_trainable
 
 
 def update(
@@ -101,6 +101,7 @@ def apply_rows(optimizer: Optimizer, state: TableState, gradient: RowGradients, 
     [0.5, 1.0, -0.5]
     """
     check_rows(gradient, "apply_rows")
+    check_trainable(state.table, "apply_rows")
     if state.table.shape != (gradient.vocabulary_size, gradient.values.shape[-1]):
         raise ValueError(
             f"apply_rows: the table has shape {state.table.shape}, and the gradient is of a table "
@@ -144,12 +145,12 @@ def _hyper(optimizer: Optimizer, step: Any) -> tuple:
 
 def _parts(
     plan: Plan, residuals: Residuals, leaves: list[jax.Array]
-) -> Iterator[tuple[StackPlan, StackIds, jax.Array, jax.Array]]:
-    """Yields (stack, ids, token, float32 gradients of all its samples)."""
+) -> Iterator[tuple[StackPlan, StackIds, jax.Array, tuple[jax.Array, ...]]]:
+    """Yields (stack, ids, token, gradients ``[samples, embedding_dim]`` of each of its features)."""
     for stack in plan.stacks:
         ids = residuals.batch.stacks[stack.name].shard(0)
-        parts = [leaves[i].reshape(-1, stack.embedding_dim).astype(jnp.float32) for i in stack.features]
-        yield stack, ids, residuals.tokens[stack.name], jnp.concatenate(parts)
+        parts = tuple(jnp.asarray(leaves[i]).reshape(-1, stack.embedding_dim) for i in stack.features)
+        yield stack, ids, residuals.tokens[stack.name], parts
 
 
 def _check(plan: Plan, tables: Mapping[str, TableState], residuals: Residuals) -> None:

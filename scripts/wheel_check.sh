@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows that the wheel does what pyproject.toml promises. Needs a C++ compiler and the package index.
+# Shows that the wheel does what pyproject.toml promises. Needs a C++ compiler, CMake and the package index.
 #
 #   1. builds the wheel and repairs it with auditwheel: which platform tag does it reach?
 #   2. installs it where no compiler can be found, on the oldest jax and (if NEWEST names an interpreter) the newest
@@ -25,7 +25,7 @@ without_compiler() { env CC=/bin/false CXX=/bin/false PATH="$work/tools" "$@"; }
 cat > "$work/use.py" <<'PROGRAM'
 import sys
 import jax, jax.numpy as jnp
-from embax.kernels import native
+from embax.kernels import calls, native
 
 status = native.load()
 assert status.available == (sys.argv[1] == "native"), status
@@ -33,7 +33,7 @@ assert "site-packages" in native.__file__, native.__file__
 if status.available:
     table = jnp.arange(8.0).reshape(4, 2)
     ids, offsets = jnp.array([2, 0, 0, 7, -1, 3], jnp.int32), jnp.array([0, 2, 5, 5], jnp.int32)
-    out = jax.jit(native.gather_pool_f32)(table, ids, offsets)
+    out = jax.jit(lambda *found: calls.gather_pool(table, calls.Occurrences(*found), (3,), "float32")[0])(ids, offsets)
     assert out.tolist() == [[4.0, 6.0], [0.0, 1.0], [0.0, 0.0]], out
 assert int(jax.jit(jnp.sum)(jnp.arange(5))) == 10
 print("Python", sys.version.split()[0], "jax", jax.__version__, "|", status.reason)
@@ -66,8 +66,9 @@ fi
 say "3. a library built from newer headers"
 if [ -n "$newest" ]; then
   include=$("$work/newest/bin/python" -c "import jax; print(jax.ffi.include_dir())")
-  c++ -std=c++17 -O1 -shared -fPIC -I csrc -isystem "$include" -o "$work/newer.so" csrc/ffi_cpu.cc
-  use EMBAX_NATIVE_LIBRARY="$work/newer.so" "$work/oldest/bin/python" use.py fallback 2> "$work/stderr" || { cat "$work/stderr"; fail "JAX broke"; }
+  cmake -S . -B "$work/newer" -DEMBAX_XLA_FFI_INCLUDE="$include" > "$work/build.log"
+  cmake --build "$work/newer" --parallel 2 >> "$work/build.log" 2>&1 || { cat "$work/build.log"; fail "no library"; }
+  use EMBAX_NATIVE_LIBRARY="$work/newer/libembax_cpu.so" "$work/oldest/bin/python" use.py fallback 2> "$work/stderr" || { cat "$work/stderr"; fail "JAX broke"; }
   cat "$work/stderr"
   grep -q '^embax: native CPU kernels are off (built for FFI API .*); using the reference backend$' "$work/stderr" ||
     fail "the reason was not printed"

@@ -166,7 +166,7 @@ def test_linear_loss_in_place(name, backend):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_tables_in_place(dtype, backend):
-    if dtype == "bfloat16" and jax.__version_info__ < (0, 12):
+    if backend == "reference" and dtype == "bfloat16" and jax.__version_info__ < (0, 12):
         pytest.skip("XLA before jax 0.12 converts a whole bfloat16 table on CPU; documented, and check_step reports it")
     plan = _plan(backend, dtype=dtype)
     tables = embax.init(plan, jax.random.key(0))

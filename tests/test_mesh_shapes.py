@@ -78,11 +78,11 @@ def _step(backend, stack, target, tables, batch):
     kernel = kernels.get(backend)
     local = dataclasses.replace(stack, rows=ROWS // SHARDS)
     ids = _everyones(batch.stacks["item"], local.rows)
-    partial = kernel.gather_pool(local, tables.table, ids)
+    (partial,) = kernel.gather_pool(local, tables.table, ids)
     activations = jax.lax.psum_scatter(partial, "x", tiled=True)
     gradients = jax.lax.all_gather(target, "x", tiled=True)  # of a loss that is linear in the activations
     hyper = (stack.optimizer.modifiers(0), stack.optimizer.hyperparameters(0))
-    return kernel.update(local, tables, ids, partial[:1, :1], gradients, hyper), activations
+    return kernel.update(local, tables, ids, partial[:1, :1], (gradients,), hyper), activations
 
 
 @pytest.fixture

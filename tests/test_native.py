@@ -1,4 +1,4 @@
-"""The native CPU kernel against plain loops, and the library loader against libraries that do not fit."""
+"""The library loader, against libraries that do not fit and on processors of every vector width."""
 
 import os
 import shutil
@@ -6,18 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hypothesis
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from embax.kernels import native
 
 BUILT = native._native_file().exists()
 needs_library = pytest.mark.skipif(not BUILT, reason="the native library is not built (no C++ compiler?)")
-INT32 = np.iinfo(np.int32)
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax._src import xla_bridge
@@ -27,44 +21,6 @@ assert not xla_bridge.backends_are_initialized(), "load() started a backend"
 print("available", status.available)
 print("computed", int(jax.jit(lambda x: x.sum())(jnp.arange(5))))
 """
-
-
-def oracle(table, ids, offsets, gains):
-    """Sums in float64 and, for the error bound, the sums of absolute terms."""
-    bounds = np.clip(offsets.astype(np.int64), 0, len(ids))
-    out = np.zeros((len(offsets) - 1, table.shape[1]), np.float64)
-    size = np.zeros_like(out)
-    for s in range(len(out)):
-        for j in range(bounds[s], bounds[s + 1]):
-            if 0 <= ids[j] < len(table):
-                term = (1.0 if gains is None else float(gains[j])) * table[ids[j]].astype(np.float64)
-                out[s] += term
-                size[s] += np.abs(term)
-    return out, size
-
-
-def check(table, ids, offsets, gains):
-    got = native.gather_pool_f32(*map(jnp.asarray, (table, ids, offsets)), as_array(gains))
-    want, size = oracle(table, ids, offsets, gains)
-    assert got.shape == want.shape and got.dtype == jnp.float32
-    bound = (len(ids) + 1) * np.finfo(np.float32).eps * size
-    assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound)
-    return np.asarray(got)
-
-
-def as_array(gains):
-    return None if gains is None else jnp.asarray(gains)
-
-
-def problem(rows, dim, lengths, *, with_gains, spare=0, seed=0):
-    """Ragged samples over a random table; every fifth id names no row; `spare` positions belong to nobody."""
-    rng = np.random.default_rng(seed)
-    capacity = sum(lengths) + spare
-    ids = rng.integers(0, max(rows, 1), capacity, dtype=np.int32)
-    ids[::5] = rng.choice([-1, rows, INT32.min, INT32.max], len(ids[::5]))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    gains = rng.standard_normal(capacity).astype(np.float32) if with_gains else None
-    return rng.standard_normal((rows, dim)).astype(np.float32), ids, offsets, gains
 
 
 def run_program(library):
@@ -82,82 +38,89 @@ def test_a_library_that_is_built_loads():
     assert native.load() is status
 
 
-@needs_library
-@pytest.mark.parametrize("with_gains", [False, True])
-@pytest.mark.parametrize("dim", [1, 2, 3, 8, 64, 100, 191])
-def test_equals_the_loop(dim, with_gains):
-    check(*problem(50, dim, [3, 0, 1, 7, 0, 40, 2], with_gains=with_gains, spare=9))
+# Every kernel once, on more ids than one thread gets; prints a digest of all results.
+DIGEST = """
+import hashlib, os, sys
+os.sched_setaffinity(0, set(list(os.sched_getaffinity(0))[: int(sys.argv[1])]))
+import jax, jax.numpy as jnp, numpy as np
+import embax
+from embax.kernels import calls, native
+digest, rng = hashlib.sha256(), np.random.default_rng(0)
+def note(*arrays):
+    for array in arrays:
+        digest.update(np.asarray(array).tobytes())
+ids = rng.integers(0, 3000, (2500, 20), np.int32)
+ids[:, :5] = 7  # 12,500 occurrences of one row: its sum is made in blocks
+offsets = jnp.arange(0, 50_001, 20, dtype=jnp.int32)
+gains = jnp.asarray(rng.normal(size=50_000), jnp.float32)
+for dtype in ("float32", "bfloat16", "float16"):
+    for dim in (1, 19):
+        table = jnp.asarray(rng.normal(size=(3000, dim)), dtype)
+        found = calls.Occurrences(jnp.asarray(ids.reshape(-1)), offsets, None, gains)
+        acts = calls.gather_pool(table, found, (2500,), dtype)[0]
+        note(acts, calls.gather_rows(table, found.ids), *calls.row_gradients(found, acts, (acts,), 3000))
+        note(calls.row_products(table, found.ids, offsets, acts))
+        for optimizer in (embax.SGD(0.1), embax.RowwiseAdagrad(0.1, row_clip_norm=0.5), embax.Adam(0.1), embax.F2A(0.1),
+                          embax.AdagradMomentum(0.1), embax.FTRL(0.1), embax.LaProp(0.1, stochastic_rounding=3)):
+            state = embax.init_slots(optimizer, table)
+            hyper = (optimizer.modifiers(2), optimizer.hyperparameters(2))
+            parts = (state.table, *state.slots)
+            note(*calls.update(optimizer.kernel_name(), parts, found, acts, (acts,), hyper))
+print(native.vector_width(), digest.hexdigest())
+"""
+
+
+def digest_of(threads, width):
+    environment = dict(os.environ, EMBAX_CPU_ISA=width, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    environment["PYTHONPATH"] = str(Path(native.__file__).parents[2])
+    command = [sys.executable, "-c", DIGEST, str(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 @needs_library
-@pytest.mark.parametrize(
-    ("rows", "dim", "lengths"), [(4, 8, []), (4, 8, [0, 0]), (0, 8, [3]), (4, 0, [3]), (1, 1, [1])]
-)
-def test_nothing_to_do(rows, dim, lengths):
-    check(*problem(rows, dim, lengths, with_gains=False))
-    check(*problem(rows, dim, lengths, with_gains=True))
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let a process choose its cores")
+def test_neither_threads_nor_vector_width_change_bits():
+    wanted = digest_of(8, "portable")
+    assert wanted[0] == "portable"
+    assert digest_of(1, "portable") == wanted
+    for width in ("avx2", "avx512"):
+        ran, digest = digest_of(8, width)  # a processor without it runs another copy: still the same bits
+        assert digest == wanted[1], f"{ran} instead of {width}"
+
+
+ALLOCATOR = """
+import jax, jax.numpy as jnp, numpy as np
+import embax
+table = jnp.ones((200_000, 64))  # 51 MB: on huge pages from the first lookup on
+wanted = np.asarray(table[:8] * 3).copy()
+print(embax.tune_allocator())
+state, ids = embax.init_slots(embax.SGD(1.0), table), jnp.arange(8)
+gradient = embax.take_gradient(ids, jnp.full((8, 64), -2.0), vocabulary_size=200_000)
+for _ in range(2):
+    new = jax.jit(lambda s, g: embax.apply_rows(embax.SGD(1.0), s, g))(state, gradient)
+assert (np.asarray(new.table[:8]) == wanted).all() and (new.table[8:] == 1).all()
+"""
+
+
+def test_the_allocator_is_tuned_on_request():
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(Path(native.__file__).parents[2]))
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(sys.platform.startswith("linux"))]
 
 
 @needs_library
-@hypothesis.settings(deadline=None)
-@hypothesis.given(
-    ids=st.lists(st.integers(INT32.min, INT32.max) | st.integers(-2, 6), min_size=6, max_size=6),
-    offsets=st.lists(st.integers(INT32.min, INT32.max) | st.integers(-2, 8), min_size=4, max_size=4),
-)
-def test_garbage_stays_inside_the_arrays(ids, offsets):
-    table = np.arange(20, dtype=np.float32).reshape(5, 4)
-    check(table, np.array(ids, np.int32), np.array(offsets, np.int32), None)
+def test_every_optimizer_with_a_kernel_is_registered():
+    import embax
 
-
-@needs_library
-def test_the_gain_of_an_absent_id_is_not_read():
-    table = np.ones((2, 3), np.float32)
-    gains = np.array([np.nan, 2.0, np.inf], np.float32)
-    ids, offsets = np.array([-1, 1, 2], np.int32), np.array([0, 3], np.int32)
-    got = native.gather_pool_f32(*map(jnp.asarray, (table, ids, offsets, gains)))
-    np.testing.assert_array_equal(got, [[2.0, 2.0, 2.0]])
-
-
-@needs_library
-def test_threads_do_not_change_bits():
-    lengths = np.random.default_rng(1).integers(0, 40, 3000)
-    table, ids, offsets, gains = problem(1000, 16, list(lengths), with_gains=True)
-    assert offsets[-1] > 40_000  # far beyond the size at which threads start
-    whole = check(table, ids, offsets, gains)
-    parts = [check(table, ids, offsets[s : s + 101], gains) for s in range(0, 500, 100)]  # too few ids for threads
-    np.testing.assert_array_equal(whole[:500], np.concatenate(parts))
-
-
-@needs_library
-def test_one_sample_with_very_many_ids():
-    check(*problem(100, 8, [0, 50_000, 1], with_gains=True))
-
-
-@needs_library
-def test_inside_jit_scan_and_vmap():
-    table, ids, offsets, gains = map(jnp.asarray, problem(20, 5, [2, 3, 0, 4], with_gains=True))
-    tables = jnp.stack([table, 2.0 * table, -table])
-    want = jnp.stack([native.gather_pool_f32(t, ids, offsets, gains) for t in tables])
-
-    def one(t):
-        return native.gather_pool_f32(t, ids, offsets, gains)
-
-    np.testing.assert_array_equal(jax.jit(one)(table), want[0])
-    np.testing.assert_array_equal(jax.vmap(one)(tables), want)
-    np.testing.assert_array_equal(jax.lax.scan(lambda c, t: (c, one(t)), 0, tables)[1], want)
-
-
-@needs_library
-def test_wrong_arguments_are_named():
-    table, ids, offsets, gains = map(jnp.asarray, problem(4, 2, [2, 1], with_gains=True))
-    with pytest.raises(TypeError, match="ids must be int32 of rank 1, not float32 of rank 1"):
-        native.gather_pool_f32(table, ids.astype(jnp.float32), offsets, gains)
-    with pytest.raises(TypeError, match="table must be float32 of rank 2, not bfloat16 of rank 2"):
-        native.gather_pool_f32(table.astype(jnp.bfloat16), ids, offsets, gains)
-    with pytest.raises(ValueError, match="offsets must hold samples \\+ 1 numbers, not 0"):
-        native.gather_pool_f32(table, ids, offsets[:0], gains)
-    with pytest.raises(ValueError, match="gains must be empty or hold 3 numbers, one an id, not 2"):
-        native.gather_pool_f32(table, ids, offsets, gains[:2])
+    named = [o() for o in (embax.SGD, embax.Adagrad, embax.RowwiseAdagrad, embax.AdagradMomentum, embax.Adam)]
+    named += [embax.LaProp(), embax.FTRL(), embax.F2A(), embax.AdagradMomentum(use_nesterov=True)]
+    named += [embax.FTRL(multiply_linear_by_learning_rate=True)]
+    assert {optimizer.kernel_name() for optimizer in named} == native.optimizers()
 
 
 def test_a_library_for_a_newer_ffi_is_refused(tmp_path):
@@ -168,7 +131,7 @@ def test_a_library_for_a_newer_ffi_is_refused(tmp_path):
     source.write_text(
         "int embax_ffi_api_major(void) { return 0; }\n"
         "int embax_ffi_api_minor(void) { return 99; }\n"
-        "void *embax_gather_pool_f32(void *frame) { return frame; }\n"
+        + "".join(f"void *{target}(void *frame) {{ return frame; }}\n" for target in native._TARGETS)
     )
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     out, err = run_program(library)

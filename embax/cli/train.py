@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from embax.allocator import tune_allocator
 from embax.cli.errors import CommandError
 
 DATA = ("completejourney",)
@@ -43,6 +44,7 @@ def train(
     rows = len(comparison.split(transactions)[0])
     if batch_size > rows:
         raise CommandError(f"--batch-size {batch_size} is more than the {rows} training rows; give {rows} or less")
+    tune_allocator()
     options = {"epochs": epochs, "batch_size": batch_size, "embedding_dim": embedding_dim}
     typer.echo("\n".join(comparison.run(transactions, numbers, output, **options)))
 

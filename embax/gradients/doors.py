@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from embax import kernels
 from embax.gradients.primitive import SparseGradientError
 from embax.gradients.rules import RULES
 from embax.gradients.table import Prefetched, Table
 from embax.gradients.walk import Record, Root, TableRef, Walk
 from embax.kernels.reference import after
-from embax.row_gradients import RowGradients, sum_occurrences
+from embax.row_gradients import RowGradients
 from embax.sorted_rows import varying_with
 
 
@@ -163,9 +164,9 @@ def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGrad
     total, width = math.prod(table.shape[:-1]), table.shape[-1]
     pairs = zip(jax.tree.leaves(records, is_leaf=_is_record), jax.tree.leaves(taps), strict=True)
     found = [(r, c.reshape(-1, width)) for r, c in pairs if r.root == index and r.rows.size and c.size]
-    like = jax.ShapeDtypeStruct((width,), jnp.float32)
+    sum_rows = kernels.get(kernels.choose().name).sum_rows
     if not found:
-        return sum_occurrences(jnp.zeros(0, jnp.int32), lambda at: at, like, total)
+        return sum_rows(jnp.zeros(0, jnp.int32), jnp.zeros((0, width), jnp.float32), None, None, total)
     rows, places, first = [], [], 0
     for record, cotangent in found:
         # The rows need the token, so that an update in place comes after the lookup.
@@ -174,13 +175,8 @@ def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGrad
         first += cotangent.shape[0]
     pooled = any(record.samples is not None for record, _ in found)
     place = jnp.concatenate(places) if pooled else None
-    gain, cotangent = _joined([record.gains for record, _ in found], rows), jnp.concatenate([c for _, c in found])
-
-    def values_at(at):
-        values = cotangent[at if place is None else place[at]].astype(jnp.float32)
-        return values if gain is None else values * gain[at][:, None]
-
-    return sum_occurrences(jnp.concatenate(rows), values_at, like, total)
+    gains, cotangent = _joined([record.gains for record, _ in found], rows), jnp.concatenate([c for _, c in found])
+    return sum_rows(jnp.concatenate(rows), cotangent, place, gains, total)
 
 
 def _activation_of(record: Record, first: int, count: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """The lookup of a whole plan in tables that get row gradients: what the FeatureEmbed layers call."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,10 @@ def lookup_features(
         raise ValueError("FeatureEmbed: an IdBatch has its weights already; give weights to preprocess")
     check_batch(plan, ids)
     backend = kernels.choose(plan.backend).name
-    pooled = {
-        stack.name: tables[stack.name].lookup_pooled(stack, backend, ids.stacks[stack.name].shard(0), sentinel)
-        for stack in plan.stacks
-    }
-    return by_feature(plan, ids, pooled)
+    pooled = {}
+    for stack in plan.stacks:
+        stack_ids = ids.stacks[stack.name].shard(0)
+        together = tables[stack.name].lookup_pooled(stack, backend, stack_ids, sentinel)
+        ends = itertools.accumulate(stack_ids.samples)
+        pooled[stack.name] = [together[e - n : e] for e, n in zip(ends, stack_ids.samples, strict=True)]
+    return by_feature(plan, pooled)

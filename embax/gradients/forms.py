@@ -69,7 +69,8 @@ class Take(Form):
             shape = table.shape
             rows = self._flat(shape, rows)
             table = table.reshape(-1, shape[-1])
-        return jnp.take(table, rows, axis=0, mode="fill")
+        found = kernels.get(kernels.choose().name).take(table, rows.reshape(-1))
+        return found.reshape(*rows.shape, table.shape[-1])
 
     def gains_cotangent(self, table, *operands_and_cotangent):
         raise NotImplementedError("a take has no gains")
@@ -120,7 +121,9 @@ class Pool(Form):
 
     def gather(self, table, *operands):
         def one(ids, offsets, gains=None):
-            return kernels.get(self.backend).gather_pool(self.stack, table, self._ids(ids, offsets, gains))
+            # XLA sees through the slices that take this apart again.
+            ids = self._ids(ids, offsets, gains)
+            return jnp.concatenate(kernels.get(self.backend).gather_pool(self.stack, table, ids))
 
         return self._mapped(one)(*operands)
 
@@ -128,7 +131,7 @@ class Pool(Form):
         def one(ids, offsets, cotangent):
             # The derivative of an activation with respect to a gain is the row that was looked up.
             ids = self._ids(ids, offsets, None)
-            return reference.row_products(self.stack, table, ids, cotangent.astype(jnp.float32))
+            return kernels.get(self.backend).row_products(self.stack, table, ids, cotangent.astype(jnp.float32))
 
         return self._mapped(one)(*operands_and_cotangent)
 

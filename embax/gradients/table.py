@@ -157,7 +157,7 @@ class Prefetched:
         values = jnp.concatenate([self.values, jnp.full_like(self.values[:1], jnp.nan, shape=(1, stack.embedding_dim))])
         stack = dataclasses.replace(stack, rows=capacity + 1)
         ids = dataclasses.replace(ids, ids=jnp.where(present, places, capacity + 1))
-        return differentiable.gather_pool(backend, stack, values, ids)
+        return jnp.concatenate(differentiable.gather_pool(backend, stack, values, ids))
 
     def whole(self, sentinel: Any = None) -> jax.Array:
         """Raises: the other rows are not here."""

@@ -1,6 +1,6 @@
 """The backends: who does the row work, and why that one.
 
-A backend is a module with the five names of ``Backend``. The registry is explicit and ordered: the first one that is
+A backend is a module with the names of ``Backend``. The registry is explicit and ordered: the first one that is
 available is used. ``EMBAX_BACKEND`` forces one for every plan that does not name its own.
 """
 
@@ -29,8 +29,16 @@ class Backend(Protocol):
         """Returns why this backend cannot run here, or None if it can."""
         ...
 
-    def gather_pool(self, stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
-        """Returns the activations of a stack."""
+    def gather_pool(self, stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
+        """Returns the activations of each feature of a stack."""
+        ...
+
+    def take(self, table: jax.Array, rows: jax.Array) -> jax.Array:
+        """Returns rows one by one."""
+        ...
+
+    def row_products(self, stack: StackPlan, table: jax.Array, ids: StackIds, gradients: jax.Array) -> jax.Array:
+        """Returns the derivatives of the gains."""
         ...
 
     def update(
@@ -39,7 +47,7 @@ class Backend(Protocol):
         state: TableState,
         ids: StackIds,
         token: jax.Array,
-        gradients: jax.Array,
+        gradients: tuple,
         hyper: Any,
     ) -> TableState:
         """Returns the state after one step on the rows that ``ids`` touch."""
@@ -49,8 +57,14 @@ class Backend(Protocol):
         """Returns the state after one step on the rows of ``gradient``."""
         ...
 
-    def row_gradients(self, stack: StackPlan, ids: StackIds, token: jax.Array, gradients: jax.Array) -> RowGradients:
+    def row_gradients(self, stack: StackPlan, ids: StackIds, token: jax.Array, gradients: tuple) -> RowGradients:
         """Returns the gradient of a stack's table."""
+        ...
+
+    def sum_rows(
+        self, rows: jax.Array, values: jax.Array, samples: Any, gains: Any, vocabulary_size: int
+    ) -> RowGradients:
+        """Returns the row gradients of occurrences."""
         ...
 
 

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.id_batch import StackIds
-from embax.kernels import reference
 from embax.planning import StackPlan
 
 
-def gather_pool(backend: str, stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
-    """Returns the activations of a stack, differentiable with respect to ``table`` and ``ids.gains``."""
+def gather_pool(backend: str, stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
+    """Returns the activations of each feature of a stack, differentiable with respect to ``table`` and ``ids.gains``."""
     return _pool(backend, stack, (ids.samples, ids.valencies), table, ids.gains, ids.ids, ids.offsets)
 
 
@@ -37,21 +36,24 @@ def _forward(backend, stack, form, table, gains, ids, offsets):
     return _pool(backend, stack, form, table, gains, ids, offsets), kept
 
 
-def _backward(backend, stack, form, kept, cotangent):
+def _backward(backend, stack, form, kept, cotangents):
     table, wanted_table, gains, ids, offsets = kept
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+    zeros = [isinstance(part, jax.custom_derivatives.SymbolicZero) for part in cotangents]
+    if all(zeros):
         return None, None, None, None
-    stack_ids = StackIds(ids, offsets, gains, *form)
-    cotangent = cotangent.astype(jnp.float32)
+    stack_ids, kernel = StackIds(ids, offsets, gains, *form), kernels.get(backend)
+    cotangents = tuple(
+        jnp.zeros(part.shape, jnp.float32) if zero else part.astype(jnp.float32)
+        for part, zero in zip(cotangents, zeros, strict=True)
+    )
     table_cotangent = gains_cotangent = None
     if wanted_table is not None:
-        token = jnp.zeros(0)
-        sparse = reference.row_gradients(stack, stack_ids, token, cotangent)
+        sparse = kernel.row_gradients(stack, stack_ids, jnp.zeros(0), cotangents)
         table_cotangent = sparse.to_dense().astype(wanted_table.dtype)
     if table is not None:
         # d activation / d gain is the row that was looked up.
         unweighted = dataclasses.replace(stack_ids, gains=None)
-        gains_cotangent = reference.row_products(stack, table, unweighted, cotangent)
+        gains_cotangent = kernel.row_products(stack, table, unweighted, jnp.concatenate(cotangents))
     return table_cotangent, gains_cotangent, None, None
 
 

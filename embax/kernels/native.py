@@ -1,4 +1,4 @@
-"""The native CPU kernels: find the library, check that it fits the running jaxlib, register it, call it.
+"""The native CPU kernels: find the library, check that it fits the running jaxlib, register it.
 
 The library is plain C behind XLA's FFI, so one build serves every Python and every jaxlib from 0.10.2 on. A library
 built for a newer FFI than the running jaxlib's would register without a word and then keep JAX from starting its
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 LIBRARY_VARIABLE = "EMBAX_NATIVE_LIBRARY"
 """Environment variable that names another library file than the one installed with embax."""
 
-_TARGETS = ("embax_gather_pool_f32",)
+_TARGETS = ("embax_gather_pool", "embax_gather_rows", "embax_row_products", "embax_update", "embax_row_gradients")
+_TARGETS += ("embax_write_rows", "embax_quantized_pool")
 _LOCK = threading.Lock()
 
 
@@ -49,50 +49,40 @@ def load() -> Status:
         return _load_once()
 
 
-def gather_pool_f32(table: jax.Array, ids: jax.Array, offsets: jax.Array, gains: jax.Array | None = None) -> jax.Array:
-    """Sum the rows of each sample: ``out[s] = sum(gains[j] * table[ids[j]] for j in sample s)``.
-
-    Sample ``s`` owns the positions ``offsets[s] <= j < offsets[s + 1]``. An id outside ``[0, rows)`` is absent and adds
-    nothing; offsets are clamped into ``[0, capacity]``. The bits do not depend on the number of threads. Not
-    differentiable. CPU only.
-
-    Args:
-      table: float32 ``[rows, dim]``.
-      ids: int32 ``[capacity]``.
-      offsets: int32 ``[samples + 1]``.
-      gains: float32 ``[capacity]``; None (or an empty array) for a gain of 1 everywhere.
-
-    Returns:
-      float32 ``[samples, dim]``.
-
-    Raises:
-      RuntimeError: the native kernels are not available; the text says why.
-      TypeError: an argument has another dtype or rank than stated above.
-      ValueError: no offsets, or gains of another length than ids.
-    """
-    status = load()
-    if not status.available:
-        raise RuntimeError(f"gather_pool_f32 needs the native CPU kernels, which are off: {status.reason}")
-    gain_array = jnp.zeros((0,), jnp.float32) if gains is None else gains
-    _require("table", table, jnp.float32, 2)
-    _require("ids", ids, jnp.int32, 1)
-    _require("offsets", offsets, jnp.int32, 1)
-    _require("gains", gain_array, jnp.float32, 1)
-    capacity, samples = ids.shape[0], offsets.shape[0] - 1
-    if samples < 0:
-        raise ValueError("gather_pool_f32: offsets must hold samples + 1 numbers, not 0")
-    if gain_array.shape[0] not in (0, capacity):
-        wanted = f"be empty or hold {capacity} numbers, one an id"
-        raise ValueError(f"gather_pool_f32: gains must {wanted}, not {gain_array.shape[0]}")
-    out = jax.ShapeDtypeStruct((samples, table.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call("embax_gather_pool_f32", out, vmap_method="sequential")
-    return call(table, ids, offsets, gain_array)
+def library() -> ctypes.CDLL | None:
+    """Returns the loaded library, or None where there is none that can be used. Never raises."""
+    return _opened.get("library") if load().available else None
 
 
-def _require(name: str, array: jax.Array, dtype, rank: int) -> None:
-    if array.dtype != dtype or array.ndim != rank:
-        wanted, got = f"{jnp.dtype(dtype).name} of rank {rank}", f"{array.dtype.name} of rank {array.ndim}"
-        raise TypeError(f"gather_pool_f32: {name} must be {wanted}, not {got}")
+def use_huge_pages() -> bool:
+    """Tells the kernels to put tables of 32 MiB and more on huge pages when they first meet them."""
+    loaded = library()
+    if loaded is not None:
+        loaded.embax_use_huge_pages(1)
+    return loaded is not None
+
+
+@functools.cache
+def optimizers() -> frozenset[str]:
+    """Returns the names of the optimizers that the library has kernels for."""
+    loaded = library()
+    if loaded is None:
+        return frozenset()
+    loaded.embax_optimizers.restype = ctypes.c_char_p
+    return frozenset(loaded.embax_optimizers().decode().strip(",").split(","))
+
+
+@functools.cache
+def vector_width() -> str:
+    """Returns which copy of the kernels this processor runs: avx512, avx2 or portable; "none" without a library."""
+    loaded = library()
+    if loaded is None:
+        return "none"
+    loaded.embax_isa.restype = ctypes.c_char_p
+    return loaded.embax_isa().decode()
+
+
+_opened: dict[str, ctypes.CDLL] = {}
 
 
 @functools.cache
@@ -140,6 +130,7 @@ def _register(library: ctypes.CDLL) -> str:
         raise _Refusal(versions)
     for target, handler in zip(_TARGETS, handlers, strict=True):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    _opened["library"] = library
     return versions
 
 

@@ -6,6 +6,7 @@ holds, and temporaries do not grow with the batch.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from embax.id_batch import StackIds
 from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
-from embax.row_gradients import RowGradients, sum_rows
+from embax.rounding import rounded
+from embax.row_gradients import RowGradients, sum_occurrences
 from embax.sorted_rows import chunk_of, padded, varying_with, walk
 from embax.specs import QuantizationConfig
 from embax.table_state import TableState
@@ -29,17 +31,20 @@ def unavailable() -> str | None:
     return None
 
 
-def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
-    """Returns the activations ``[samples, embedding_dim]``: the gain-weighted sum of each sample's rows."""
+def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
+    """Returns the activations of each feature, ``[samples, embedding_dim]``: the gain-weighted sums of rows."""
     samples = ids.offsets.shape[0] - 1
     if not samples or not ids.ids.shape[0]:
-        return jnp.zeros((samples, stack.embedding_dim), stack.activation_dtype)
-    pool = _pool_ragged if None in ids.valencies else _pool_rectangles
-    return pool(stack, table, ids).astype(stack.activation_dtype)
+        pooled = jnp.zeros((samples, stack.embedding_dim), stack.activation_dtype)
+    else:
+        pool = _pool_ragged if None in ids.valencies else _pool_rectangles
+        pooled = pool(stack, table, ids).astype(stack.activation_dtype)
+    ends = itertools.accumulate(ids.samples)
+    return tuple(pooled[end - count : end] for end, count in zip(ends, ids.samples, strict=True))
 
 
 def update(
-    stack: StackPlan, state: TableState, ids: StackIds, token: jax.Array, gradients: jax.Array, hyper: Any
+    stack: StackPlan, state: TableState, ids: StackIds, token: jax.Array, gradients: tuple, hyper: Any
 ) -> TableState:
     """Returns the state after one optimizer step on every row that ``ids`` touch.
 
@@ -48,31 +53,67 @@ def update(
       state: the rows and slot variables.
       ids: what was looked up.
       token: an activation, so that the update comes after the lookup (see ``embax.lookup``).
-      gradients: float32 ``[samples, embedding_dim]``, of the activations.
+      gradients: of the activations, floating point ``[samples, embedding_dim]`` for each feature.
       hyper: ``(modifiers, hyperparameters)`` of this step.
     """
-    count = ids.ids.shape[0]
-    if not count or not gradients.shape[0]:
+    if not ids.ids.shape[0] or not sum(ids.samples):
         return state
-    sample = sample_of_ids(ids)
-
-    def values_at(places):
-        values = gradients[sample[places]]
-        return values if ids.gains is None else values * ids.gains[places][:, None]
 
     def step(state, rows, sums, ranks):
         return step_rows(stack.optimizer, state, rows, sums, hyper)
 
     keys = after(present_rows(stack, ids), token)
+    values_at = _values_at(_joined(gradients), sample_of_ids(ids), ids.gains)
     return walk(keys, stack.rows, stack.embedding_dim, values_at, step, state)
 
 
-def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
-    """Returns the state after one optimizer step on every row of ``gradient``."""
+def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: tuple) -> RowGradients:
+    """Returns the gradient of the stack's table: one row for each that ``ids`` touch."""
+    values = _joined(gradients)
+    if not values.shape[0]:
+        return RowGradients(jnp.full(0, stack.rows, jnp.int32), values, stack.rows)
+    return sum_rows(after(present_rows(stack, ids), token), values, sample_of_ids(ids), ids.gains, stack.rows)
+
+
+def sum_rows(rows: jax.Array, values: jax.Array, samples: Any, gains: Any, vocabulary_size: int) -> RowGradients:
+    """Returns the sums of ``gains[i] * values[samples[i]]`` over the occurrences i of each row, float32.
+
+    Args:
+      rows: int32 ``[n]``; outside of ``[0, vocabulary_size)``: none.
+      values: floating point ``[m, D]``.
+      samples: int32 ``[n]``, or None: occurrence i has the value i.
+      gains: float32 ``[n]``, or None: every gain is 1.
+      vocabulary_size: rows of the table.
+    """
+    like = jax.ShapeDtypeStruct(values.shape[1:], jnp.float32)
+    return sum_occurrences(rows, _values_at(values, samples, gains), like, vocabulary_size)
+
+
+def _values_at(values: jax.Array, samples: Any, gains: Any) -> Callable:
+    def values_at(places):
+        found = values[places if samples is None else samples[places]].astype(jnp.float32)
+        return found if gains is None else found * gains[places][:, None]
+
+    return values_at
+
+
+def _joined(gradients: tuple) -> jax.Array:
+    return jnp.concatenate([part.astype(jnp.float32) for part in gradients])
+
+
+def take(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the rows ``[n]`` of ``table`` at int32 ``rows``, NaN where there is none."""
+    return jnp.take(table, rows, axis=0, mode="fill")
+
+
+def apply(
+    optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper: Any, step: Callable | None = None
+) -> TableState:
+    """Returns the state after one optimizer step on every row of ``gradient``; ``step`` is ``step_rows``, or alike."""
     count, total = gradient.rows.shape[0], state.table.shape[0]
     if not count:
         return state
-    chunk = chunk_of(count)
+    chunk, step = chunk_of(count), step or step_rows
     valid = (gradient.rows >= 0) & (gradient.rows < total)
     rows = padded(jnp.where(valid, gradient.rows, total).astype(jnp.int32), chunk, total)
     values = padded(gradient.values.astype(jnp.float32), chunk, 0)
@@ -81,19 +122,9 @@ def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper
     def body(index, state):
         at = index * chunk
         part = jax.lax.dynamic_slice(values, (at, jnp.int32(0)), (chunk, values.shape[1]))
-        return step_rows(optimizer, state, jax.lax.dynamic_slice(rows, (at,), (chunk,)), part, hyper)
+        return step(optimizer, state, jax.lax.dynamic_slice(rows, (at,), (chunk,)), part, hyper)
 
     return jax.lax.fori_loop(0, -(-used // chunk), body, varying_with(state, rows, values))
-
-
-def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: jax.Array) -> RowGradients:
-    """Returns the gradient of the stack's table: one row for each that ``ids`` touch."""
-    if not gradients.shape[0]:
-        return RowGradients(jnp.full(0, stack.rows, jnp.int32), gradients[:0], stack.rows)
-    values = gradients[sample_of_ids(ids)]
-    if ids.gains is not None:
-        values = values * ids.gains[:, None]
-    return sum_rows(after(present_rows(stack, ids), token), values, stack.rows)
 
 
 def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: jax.Array) -> jax.Array:
@@ -118,13 +149,25 @@ def step_rows(optimizer: Optimizer, state: TableState, rows: jax.Array, gradient
     def read(array):
         return jnp.take(array, rows, axis=0, mode="clip").astype(jnp.float32)
 
-    def write(array, values):
-        if _writes_row_by_row(array):
-            return _write_narrow(array, rows, values.astype(array.dtype))
-        return array.at[rows].set(values.astype(array.dtype), mode="drop", unique_indices=True)
-
     stepped, slots = optimizer.step_rows(read(state.table), gradients, map_slots(read, state.slots), hyper)
-    return TableState(write(state.table, stepped), map_slots(write, state.slots, slots))
+    stepped = narrowed(stepped, rows, state.table.dtype, hyper)
+    slots = map_slots(lambda old, new: write(old, rows, new.astype(old.dtype)), state.slots, slots)
+    return TableState(write(state.table, rows, stepped), slots)
+
+
+def narrowed(stepped: jax.Array, rows: jax.Array, dtype: Any, hyper: Any) -> jax.Array:
+    """Returns float32 rows as they are stored: rounded to nearest, or at random if the optimizer says so."""
+    seed = hyper[0].rounding_seed
+    if seed is None or jnp.dtype(dtype).itemsize != 2:
+        return stepped.astype(dtype)
+    return rounded(stepped, rows, dtype, seed)
+
+
+def write(array: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns ``array`` with its distinct ``rows`` replaced; those past the end are skipped."""
+    if _writes_row_by_row(array):
+        return _write_narrow(array, rows, values)
+    return array.at[rows].set(values, mode="drop", unique_indices=True)
 
 
 def _writes_row_by_row(array: jax.Array) -> bool:

@@ -125,6 +125,9 @@ class AdagradMomentum(Optimizer):
         self._require("exponent", self.exponent > 0, "must be greater than 0")
         self._require("initial_accumulator_value", self.initial_accumulator_value >= 0, "must not be negative")
 
+    def kernel_name(self) -> str | None:
+        return "adagrad_nesterov" if self.kernel and self.use_nesterov else self.kernel
+
     def slots(self) -> AdagradMomentumSlotVariables:
         return AdagradMomentumSlotVariables(Slot(self.initial_accumulator_value), Slot(self.initial_momentum_value))
 

@@ -25,7 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from embax.rounding import step_seed
+
 LearningRate = float | Callable[[], Any] | Callable[[Any], Any]
+
+# What a kernel's struct stands for: a subclass that changes one of these has no kernel, unless it names one.
+_FORMULA = ("slots", "hyperparameters", "update_rows", "step_rows", "modifiers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +54,15 @@ class Slot:
 
 
 class Modifiers(NamedTuple):
-    """The hyperparameters that every optimizer has, in front of its own."""
+    """The hyperparameters that every optimizer has, in front of its own.
+
+    ``rounding_seed`` is uint32, or None where rows are rounded to nearest.
+    """
 
     row_clip_norm: jax.Array
     l2_weight_decay: jax.Array
     decay: jax.Array
+    rounding_seed: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +74,10 @@ class Optimizer(abc.ABC):
       row_clip_norm: the summed gradient of a row is scaled down to at most this L2 norm (None: not).
       l2_weight_decay: this times the row is added to its gradient, after clipping.
       decoupled_weight_decay: the row shrinks by ``learning_rate`` times this times itself, beside the step.
+      stochastic_rounding: a seed: rows of 16-bit tables are rounded up with the probability of what is cut off, by
+        random bits that depend on the seed, the step (pass one to ``update``) and the place alone. None: to nearest.
 
-    All three act on touched rows only, at the moment they are touched. Optimizers are data: equal when of
+    The first three act on touched rows only, at the moment they are touched. Optimizers are data: equal when of
     one class with equal fields (callables by identity), hashable, never changed.
     """
 
@@ -75,6 +86,13 @@ class Optimizer(abc.ABC):
     row_clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
     l2_weight_decay: float = dataclasses.field(default=0.0, kw_only=True)
     decoupled_weight_decay: float = dataclasses.field(default=0.0, kw_only=True)
+    stochastic_rounding: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "kernel" not in own and any(name in own for name in _FORMULA):
+            cls.kernel = None  # another formula than that of the kernel it would inherit
 
     def __post_init__(self):
         if isinstance(self.learning_rate, (np.ndarray, np.generic, jax.Array)) and self.learning_rate.ndim == 0:
@@ -91,6 +109,9 @@ class Optimizer(abc.ABC):
             self._require("row_clip_norm", positive, "must be greater than 0, or None for no clipping")
         for name in ("l2_weight_decay", "decoupled_weight_decay"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
+        seed = self.stochastic_rounding
+        whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+        self._require("stochastic_rounding", seed is None or whole, "must be an integer, the seed, or None")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -123,7 +144,13 @@ class Optimizer(abc.ABC):
         """Returns the scalars of clipping and weight decay at this step."""
         clip = math.inf if self.row_clip_norm is None else self.row_clip_norm
         decay = self.decoupled_weight_decay and self.get_learning_rate(step) * self.decoupled_weight_decay
-        return Modifiers(scalar(clip), scalar(self.l2_weight_decay), scalar(decay))
+        seed = self.stochastic_rounding
+        seed = None if seed is None else step_seed(int(seed), 0 if step is None else step)
+        return Modifiers(scalar(clip), scalar(self.l2_weight_decay), scalar(decay), seed)
+
+    def kernel_name(self) -> str | None:
+        """Returns the name of the C++ struct with this formula and these settings, or None."""
+        return self.kernel
 
     def step_rows(self, rows: jax.Array, gradients: jax.Array, slots: Any, hyper: tuple) -> tuple[jax.Array, Any]:
         """Returns rows and slots after clipping, L2 decay, ``update_rows`` and decoupled decay, in this order.

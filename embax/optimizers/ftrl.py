@@ -58,6 +58,9 @@ class FTRL(Optimizer):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
         self._require("initial_accumulator_value", self.initial_accumulator_value >= 0, "must not be negative")
 
+    def kernel_name(self) -> str | None:
+        return "ftrl_multiplied" if self.kernel and self.multiply_linear_by_learning_rate else self.kernel
+
     def slots(self) -> FTRLSlotVariables:
         return FTRLSlotVariables(Slot(self.initial_accumulator_value), Slot(self.initial_linear_value))
 

@@ -1,0 +1,47 @@
+// What the kernels ask of a compiler, and nothing else: inlining, vector loops, prefetch.
+//
+// Files that hold loops over rows are compiled once for each vector width (see isa.cc): what they define lies in
+// the namespace embax::EMBAX_ISA, so that no function of a wide copy can stand in for one of a narrow copy. They call
+// nothing from the standard library but memcpy.
+
+#ifndef EMBAX_CSRC_PORTABLE_H_
+#define EMBAX_CSRC_PORTABLE_H_
+
+#ifndef EMBAX_ISA
+#define EMBAX_ISA portable
+#endif
+
+#if defined(__clang__)
+#define EMBAX_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define EMBAX_VECTORIZE _Pragma("GCC ivdep")
+#else
+#define EMBAX_VECTORIZE
+#endif
+
+#if defined(__clang__)
+#define EMBAX_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define EMBAX_UNROLL _Pragma("GCC unroll 16")
+#else
+#define EMBAX_UNROLL
+#endif
+
+#if defined(__GNUC__)
+#define EMBAX_INLINE inline __attribute__((always_inline))
+#define EMBAX_PREFETCH(address) __builtin_prefetch(address)
+#define EMBAX_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
+#else
+#define EMBAX_INLINE inline
+#define EMBAX_PREFETCH(address) (void)(address)
+#define EMBAX_PREFETCH_TO_WRITE(address) (void)(address)
+#endif
+
+// A formula of optimizers.h: read by a host compiler here, and by NVRTC, which has no host headers.
+#if defined(__CUDACC__)
+#define EMBAX_FORMULA __device__ __forceinline__
+#else
+#define EMBAX_FORMULA EMBAX_INLINE
+#endif
+
+#endif  // EMBAX_CSRC_PORTABLE_H_

@@ -1,0 +1,262 @@
+// Strips of rows: `width` neighbouring numbers of a stored row as float32, and back.
+//
+// Tables hold float32, bfloat16 or float16; every sum and every formula is float32.
+
+#ifndef EMBAX_CSRC_ROWS_H_
+#define EMBAX_CSRC_ROWS_H_
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace embax::EMBAX_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+EMBAX_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+EMBAX_INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+EMBAX_INLINE float widened(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+// To nearest, ties to even; a NaN stays one.
+EMBAX_INLINE BFloat16 narrowed(float value, BFloat16) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40;
+  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
+}
+
+// Without branches, so that loops of it are vectorized. Subnormals are made from their integer: XLA runs with float32
+// subnormals flushed to zero, which must not flush these.
+EMBAX_INLINE float widened(Float16 value) {
+  const uint32_t bits = value.bits, magnitude = bits & 0x7fff;
+  const uint32_t normal = (magnitude << 13) + 0x38000000;
+  const uint32_t special = (magnitude << 13) | 0x7f800000;
+  const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f);
+  const uint32_t result = magnitude >= 0x7c00 ? special : magnitude < 0x400 ? subnormal : normal;
+  return float_of(((bits & 0x8000) << 16) | result);
+}
+
+// To nearest, ties to even.
+EMBAX_INLINE Float16 narrowed(float value, Float16) {
+  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // Normal results: drop 13 bits of the significand, rounding, and move the exponent.
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal ones, below 2^-14: adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the addition.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t nan = 0x7e00 | ((magnitude >> 13) & 0x1ff);
+  uint32_t result = magnitude < 0x38800000 ? subnormal : normal;
+  result = magnitude >= 0x47800000 ? 0x7c00 : result;  // 65536 and more; 65520 and more rounds up to infinity above
+  result = magnitude > 0x7f800000 ? nan : result;
+  return {static_cast<uint16_t>(sign | result)};
+}
+
+// The next lanes of a row, as float32.
+template <typename V>
+EMBAX_INLINE V load_vector(const float* from) {
+  return read<V>(from);
+}
+
+template <typename V>
+EMBAX_INLINE V load_vector(const BFloat16* from) {
+  constexpr int n = sizeof(V) / 4;
+  if constexpr (n == 1) {
+    return widened(*from);
+  } else {
+    const auto narrow = read<typename VectorOf<uint16_t, n>::type>(from);
+    return bits_as<V>(__builtin_convertvector(narrow, typename VectorOf<uint32_t, n>::type) << 16);
+  }
+}
+
+template <typename V>
+EMBAX_INLINE V load_vector(const Float16* from) {
+  constexpr int n = sizeof(V) / 4;
+#if defined(__AVX512F__)
+  if constexpr (n == 16) return _mm512_cvtph_ps(read<__m256i>(from));
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8) return _mm256_cvtph_ps(read<__m128i>(from));
+#endif
+  float values[n];
+  for (int d = 0; d < n; ++d) values[d] = widened(from[d]);
+  return read<V>(values);
+}
+
+template <typename V>
+EMBAX_INLINE void store_vector(const V& from, float* to) {
+  memcpy(to, &from, sizeof from);
+}
+
+template <typename V>
+EMBAX_INLINE void store_vector(const V& from, BFloat16* to) {
+  constexpr int n = sizeof(V) / 4;
+  if constexpr (n == 1) {
+    *to = narrowed(from, BFloat16{});
+  } else {
+    using U = typename VectorOf<uint32_t, n>::type;
+    const U bits = bits_as<U>(from);
+    const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U nan = (bits >> 16) | 0x40;
+    const U result = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    const auto narrow = __builtin_convertvector(result, typename VectorOf<uint16_t, n>::type);
+    memcpy(static_cast<void*>(to), &narrow, sizeof narrow);
+  }
+}
+
+template <typename V>
+EMBAX_INLINE void store_vector(const V& from, Float16* to) {
+  constexpr int n = sizeof(V) / 4;
+#if defined(__F16C__)
+  if constexpr (n == 8) {
+    const __m128i narrow = _mm256_cvtps_ph(from, 0);
+    memcpy(static_cast<void*>(to), &narrow, sizeof narrow);
+    return;
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (n == 16) {
+    const __m256i narrow = _mm512_cvtps_ph(from, 0);
+    memcpy(static_cast<void*>(to), &narrow, sizeof narrow);
+    return;
+  }
+#endif
+  float values[n];
+  memcpy(values, &from, sizeof from);
+  for (int d = 0; d < n; ++d) to[d] = narrowed(values[d], Float16{});
+}
+
+template <int width, typename T>
+EMBAX_INLINE Strip<width> load_strip(const T* from) {
+  Strip<width> strip;
+  EMBAX_UNROLL
+  for (int i = 0; i < strip.count; ++i) {
+    strip.part[i] = load_vector<typename Strip<width>::V>(from + i * strip.lanes);
+  }
+  return strip;
+}
+
+template <int width, typename T>
+EMBAX_INLINE void store_strip(const Strip<width>& strip, T* to) {
+  EMBAX_UNROLL
+  for (int i = 0; i < strip.count; ++i) store_vector(strip.part[i], to + i * strip.lanes);
+}
+
+// Spreads the bits of its argument (the finalizer of MurmurHash3).
+EMBAX_INLINE uint32_t mixed(uint32_t bits) {
+  bits = (bits ^ (bits >> 16)) * 0x85ebca6bu;
+  bits = (bits ^ (bits >> 13)) * 0xc2b2ae35u;
+  return bits ^ (bits >> 16);
+}
+
+// Random bits that depend on the step, the row and the column alone; embax/rounding.py computes the same.
+EMBAX_INLINE uint32_t row_seed(uint32_t seed, int64_t row) {
+  return mixed(seed + static_cast<uint32_t>(row) * 0x9e3779b9u);
+}
+EMBAX_INLINE uint32_t random_bits(uint32_t row_seed, int64_t column) {
+  return mixed(row_seed + static_cast<uint32_t>(column) * 0x9e3779b9u);
+}
+
+// Rounds up with the probability of what is cut off: in the mean, nothing is lost.
+EMBAX_INLINE BFloat16 rounded_at_random(float value, uint32_t random, BFloat16 kind) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7f800000) == 0x7f800000) return narrowed(value, kind);
+  return {static_cast<uint16_t>((bits + (random & 0xffff)) >> 16)};
+}
+
+EMBAX_INLINE Float16 rounded_at_random(float value, uint32_t random, Float16 kind) {
+  const uint32_t bits = bits_of(value), sign = bits & 0x80000000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x47800000) return narrowed(value, kind);
+  if (magnitude >= 0x38800000) {
+    return narrowed(float_of(sign | ((magnitude + (random & 0x1fff)) & ~0x1fffu)), kind);
+  }
+  // Below 2^-14 float16 holds the multiples of 2^-24.
+  const float units = float_of(magnitude) * 16777216.0f + static_cast<float>(random >> 8) * 5.9604644775390625e-8f;
+  const float whole = static_cast<float>(static_cast<int32_t>(units)) * 5.9604644775390625e-8f;
+  return narrowed(float_of(sign | bits_of(whole)), kind);
+}
+
+EMBAX_INLINE float rounded_at_random(float value, uint32_t, float) { return value; }
+
+template <int width, typename T>
+EMBAX_INLINE void store_at_random(const Strip<width>& strip, T* to, uint32_t row_seed, int64_t column) {
+  float values[width];
+  memcpy(values, &strip, sizeof values);
+  for (int d = 0; d < width; ++d) to[d] = rounded_at_random(values[d], random_bits(row_seed, column + d), T{});
+}
+
+// Stores a strip at `column` of an array of any of the dtypes.
+template <int width>
+EMBAX_INLINE void store_as(Dtype dtype, const Strip<width>& from, void* to, int64_t column) {
+  if (dtype == Dtype::kFloat32) {
+    store_strip(from, static_cast<float*>(to) + column);
+  } else if (dtype == Dtype::kBFloat16) {
+    store_strip(from, static_cast<BFloat16*>(to) + column);
+  } else {
+    store_strip(from, static_cast<Float16*>(to) + column);
+  }
+}
+
+// Loads a strip at `column` of an array of any of the dtypes.
+template <int width>
+EMBAX_INLINE Strip<width> load_as(Dtype dtype, const void* from, int64_t column) {
+  if (dtype == Dtype::kFloat32) return load_strip<width>(static_cast<const float*>(from) + column);
+  if (dtype == Dtype::kBFloat16) return load_strip<width>(static_cast<const BFloat16*>(from) + column);
+  return load_strip<width>(static_cast<const Float16*>(from) + column);
+}
+
+// A width known to the compiler, as a value.
+template <int n>
+struct Width {
+  static constexpr int value = n;
+};
+
+// Cuts [0, dim) into strips, as many of `largest` as fit, then 32, 16, ... 1, and calls body(Width<w>{}, column).
+template <int largest, typename Body>
+EMBAX_INLINE void for_strips(int64_t dim, const Body& body) {
+  int64_t column = 0;
+  for (; dim - column >= largest; column += largest) body(Width<largest>{}, column);
+  const int64_t rest = dim - column;
+  if constexpr (largest > 32) {
+    if (rest & 32) body(Width<32>{}, column), column += 32;
+  }
+  if constexpr (largest > 16) {
+    if (rest & 16) body(Width<16>{}, column), column += 16;
+  }
+  if (rest & 8) body(Width<8>{}, column), column += 8;
+  if (rest & 4) body(Width<4>{}, column), column += 4;
+  if (rest & 2) body(Width<2>{}, column), column += 2;
+  if (rest & 1) body(Width<1>{}, column);
+}
+
+constexpr int64_t kCacheLine = 64;
+// The most of a row to ask memory for: the hardware follows a longer row by itself.
+constexpr int64_t kPrefetchBytes = 1024;
+
+// Asks for the row that begins at `row`.
+EMBAX_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  const char* end = row + (bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
+  // A row may begin and end inside a line: its last byte is asked for too.
+  for (const char* at = row; at < end; at += kCacheLine) EMBAX_PREFETCH(at);
+  if (bytes % kCacheLine) EMBAX_PREFETCH(end - 1);
+}
+
+}  // namespace embax::EMBAX_ISA
+
+#endif  // EMBAX_CSRC_ROWS_H_

@@ -1,0 +1,163 @@
+// Fuzzing of the host's part: the ids of a feature, and the distinct rows of a batch, from any bytes whatever. Every
+// array lies in a heap block of exactly its size, which AddressSanitizer guards; the law of host_ids.h is asserted
+// besides.
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+
+#include "batch.h"
+#include "host_ids.h"
+
+extern "C" int64_t embax_host_fill(int type, const embax::host::Rule* rule, const embax::host::Job* job);
+extern "C" int64_t embax_host_unique(const int32_t* rows, int64_t count, int32_t bound, int32_t* unique,
+                                     int32_t* inverse);
+
+namespace embax::test {
+namespace {
+
+// The bytes of one input, in order; zeros when they run out.
+struct Bytes {
+  const uint8_t* data;
+  size_t left;
+
+  template <typename T>
+  T take() {
+    T value{};
+    const size_t size = std::min(left, sizeof(T));
+    if (size > 0) std::memcpy(&value, data, size);
+    data += size;
+    left -= size;
+    return value;
+  }
+  int64_t below(int64_t bound) { return take<uint16_t>() % bound; }
+};
+
+constexpr int64_t kBytes[] = {1, 2, 4, 8, 1, 2, 4, 8};  // of the types, as host_ids.cc numbers them
+
+// Whether the id at `i` is present, by the law.
+bool present(const Array<char>& ids, int type, int64_t i, const host::Rule& rule) {
+  uint64_t raw = 0;
+  const int64_t size = kBytes[type];
+  std::memcpy(&raw, ids.data() + i * size, static_cast<size_t>(size));
+  const int shift = static_cast<int>(64 - 8 * size);
+  const bool is_signed = type < 4;
+  const int64_t value = is_signed ? static_cast<int64_t>(raw << shift) >> shift : static_cast<int64_t>(raw);
+  const bool negative = is_signed ? value < 0 : false;
+  const bool huge = !is_signed && value < 0;  // beyond int64
+  if (rule.has_padding && !huge && value == rule.padding) return false;
+  return !negative && !huge && value < rule.vocabulary;
+}
+
+// That what was written, `written` rows, is what the law says.
+void check_filled(const host::Rule& rule, const host::Job& job, int type, const Array<char>& ids, int64_t written) {
+  const bool ragged = job.splits != nullptr, gained = job.gains != nullptr;
+  const int32_t *rows = job.rows, *ends = job.ends, *counts = job.counts;
+  const float* gains = job.gains;
+  int64_t expected = 0;
+  for (int64_t i = 0; i < job.count; ++i) expected += present(ids, type, i, rule);
+  EMBAX_CHECK(written == (ragged ? expected : job.count), "%ld rows", static_cast<long>(written));
+  EMBAX_CHECK(job.counts_stride == 0 || counts[0] == expected, "%d present", counts[0]);
+  for (int64_t i = 0; i < written; ++i) {
+    const bool inside = rows[i] >= rule.row_offset && rows[i] < rule.row_offset + rule.vocabulary;
+    EMBAX_CHECK(inside || (!ragged && rows[i] == rule.absent), "row %d", rows[i]);
+    EMBAX_CHECK(!gained || (gains[i] >= 0 && gains[i] <= 1), "a gain");
+  }
+  for (int64_t s = 0; s < job.samples; ++s)
+    EMBAX_CHECK(ends[s] >= (s ? ends[s - 1] : job.first) && ends[s] <= job.first + written, "an end");
+}
+
+void fill(Bytes& bytes) {
+  const int type = static_cast<int>(bytes.below(8));
+  host::Rule rule{};
+  rule.vocabulary = bytes.below(8) == 0 ? bytes.take<uint32_t>() % (uint32_t{1} << 31) - 1 : bytes.below(50);
+  rule.vocabulary = std::clamp<int64_t>(rule.vocabulary, 0, (int64_t{1} << 31) - 2);
+  rule.row_offset = bytes.below(20);
+  rule.row_offset = std::min(rule.row_offset, (int64_t{1} << 31) - 2 - rule.vocabulary);
+  rule.absent = rule.vocabulary + rule.row_offset;
+  rule.has_padding = bytes.below(2);
+  rule.padding = bytes.below(2) ? bytes.take<int8_t>() : bytes.take<int64_t>();
+  rule.drop = bytes.below(2);
+  rule.combiner = bytes.below(3);
+  const bool ragged = bytes.below(2);
+  host::Job job{};
+  job.samples = bytes.below(40);
+  job.valency = bytes.below(12);
+  job.count = ragged ? bytes.below(400) : job.samples * job.valency;
+  if (bytes.below(16) == 0) job.valency = bytes.take<int64_t>();  // a rectangle that does not fit its ids
+  job.first = bytes.below(100);
+  job.splits_bytes = bytes.below(2) ? 8 : 4;
+  Array<int64_t> wide(ragged && job.splits_bytes == 8 ? job.samples + 1 : 0);
+  Array<int32_t> narrow(ragged && job.splits_bytes == 4 ? job.samples + 1 : 0);
+  if (ragged) {
+    const bool honest = bytes.below(4) != 0;
+    int64_t last = 0;
+    for (int64_t s = 0; s <= job.samples; ++s) {
+      const int64_t next = honest           ? (s == 0             ? 0
+                                               : s == job.samples ? job.count
+                                                                  : std::min(job.count, last + bytes.below(20)))
+                           : bytes.below(3) ? bytes.below(400)
+                                            : bytes.take<int64_t>();
+      if (job.splits_bytes == 8)
+        wide[s] = next;
+      else
+        narrow[s] = static_cast<int32_t>(next);
+      last = next;
+    }
+    job.splits = job.splits_bytes == 8 ? static_cast<const void*>(wide.data()) : narrow.data();
+  }
+  Array<char> ids(job.count * kBytes[type]);
+  for (int64_t i = 0; i < job.count; ++i) {
+    const int64_t id =
+        bytes.below(16) == 0 ? bytes.take<int64_t>() : static_cast<int64_t>(bytes.take<uint8_t>()) % 60 - 4;
+    std::memcpy(ids.data() + i * kBytes[type], &id, static_cast<size_t>(kBytes[type]));
+  }
+  Array<int32_t> rows(job.count), ends(job.samples), counts(3 * 5);
+  const bool gained = bytes.below(2);
+  Array<float> gains(gained ? job.count : 0);
+  job.ids = ids.data();
+  job.rows = rows.data();
+  job.ends = ends.data();
+  job.gains = gained ? gains.data() : nullptr;
+  job.counts = counts.data();
+  job.counts_stride = bytes.below(6);
+
+  const int64_t written = embax_host_fill(type, &rule, &job);
+  if (written == host::kRefused) return;
+  check_filled(rule, job, type, ids, written);
+}
+
+void unique(Bytes& bytes) {
+  const int64_t count = bytes.below(500);
+  const int32_t bound = bytes.below(4) == 0 ? bytes.take<int32_t>() : static_cast<int32_t>(bytes.below(60));
+  Array<int32_t> rows(count), distinct(count), inverse(count);
+  for (int32_t& row : rows)
+    row = bytes.below(8) == 0 ? bytes.take<int32_t>() : static_cast<int32_t>(bytes.below(70)) - 5;
+  const int64_t found = embax_host_unique(rows.data(), count, bound, distinct.data(), inverse.data());
+  EMBAX_CHECK((found == host::kRefused) == (bound < 0), "bound %d", bound);
+  if (found == host::kRefused) return;
+  std::set<int32_t> want;
+  for (int32_t row : rows) {
+    if (row >= 0 && row < bound) want.insert(row);
+  }
+  EMBAX_CHECK(found == static_cast<int64_t>(want.size()) && std::equal(want.begin(), want.end(), distinct.begin()),
+              "%ld rows", static_cast<long>(found));
+  for (int64_t i = found; i < count; ++i) EMBAX_CHECK(distinct[i] == bound, "filled up");
+  for (int64_t i = 0; i < count; ++i) {
+    const bool inside = rows[i] >= 0 && rows[i] < bound;
+    EMBAX_CHECK(inverse[i] >= 0 && inverse[i] < count && distinct[inverse[i]] == (inside ? rows[i] : bound), "inverse");
+  }
+}
+
+}  // namespace
+}  // namespace embax::test
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  embax::test::Bytes bytes{data, size};
+  if (bytes.below(4) == 0) {
+    embax::test::unique(bytes);
+  } else {
+    embax::test::fill(bytes);
+  }
+  return 0;
+}

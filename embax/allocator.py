@@ -1,4 +1,4 @@
-"""An opt-in for large arrays on CPU: memory that a step gave back is kept for the next one, tables lie on huge pages."""
+"""An opt-in for large arrays on CPU: memory that a step gave back is kept, large tables lie on huge pages."""
 
 import ctypes
 import sys
@@ -17,8 +17,8 @@ def tune_allocator() -> bool:
     On Linux, glibc gives every array above 32 MB back to the system when it is freed, and the next step's array of that
     size is mapped, zeroed and faulted in page by page again: two to three times the time of a step with 54 MB of
     activations. After this call arrays up to 1 GiB come from one heap that does not shrink: the process keeps the most
-    it ever held. Tables of 32 MiB and more are put on huge pages, where the system allows them on request, when a kernel
-    first meets them; that first step takes longer. Call it before the first large array is made. It acts on the whole
+    it ever held. Tables of 32 MiB and more are put on huge pages, where the system allows them on request, when a
+    kernel first meets them; that first step takes longer. Call it before the first large array is made. It acts on the whole
     process, hence never by itself.
 
     Returns:

@@ -155,7 +155,7 @@ def _inspect(text: str, shapes: set[str]) -> tuple[list[str], int]:
 
 
 def _call_results(match: re.Match, shapes: set[str]) -> tuple[int, list[str]]:
-    """Returns how many results of a native call are tables written in place, and the shapes of those that are copies."""
+    """Returns how many results of a native call are tables written in place, and the shapes of copies."""
     results = re.findall(r"\w+\[[\d,]*\]", match["shape"])
     aliased = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", match["rest"])
     in_place = set(re.findall(r"\{(\d*)\}: \(", aliased[1])) if aliased else set()

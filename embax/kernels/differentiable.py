@@ -17,7 +17,7 @@ from embax.planning import StackPlan
 
 
 def gather_pool(backend: str, stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
-    """Returns the activations of each feature of a stack, differentiable with respect to ``table`` and ``ids.gains``."""
+    """Returns the activations of each feature, differentiable with respect to ``table`` and ``ids.gains``."""
     return _pool(backend, stack, (ids.samples, ids.valencies), table, ids.gains, ids.ids, ids.offsets)
 
 

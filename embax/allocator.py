@@ -18,8 +18,8 @@ def tune_allocator() -> bool:
     size is mapped, zeroed and faulted in page by page again: two to three times the time of a step with 54 MB of
     activations. After this call arrays up to 1 GiB come from one heap that does not shrink: the process keeps the most
     it ever held. Tables of 32 MiB and more are put on huge pages, where the system allows them on request, when a
-    kernel first meets them; that first step takes longer. Call it before the first large array is made. It acts on the whole
-    process, hence never by itself.
+    kernel first meets them; that first step takes longer. Call it before the first large array is made. It acts on the
+    whole process, hence never by itself.
 
     Returns:
       True if the C library took the settings; False on other systems, where nothing is changed.

@@ -1,8 +1,8 @@
 """Stochastic rounding to 16 bits: up with the probability of what is cut off, by random bits that are a pure function.
 
 A small step added to a 16-bit number is lost when it is rounded to nearest; rounded at random it is kept in the mean.
-The bits depend on a seed for the step, the row and the column, so a step can be repeated exactly, on any backend and any
-number of threads. csrc/rows.h computes the same.
+The bits depend on a seed for the step, the row and the column, so a step can be repeated exactly, on any backend and
+any number of threads. csrc/rows.h computes the same.
 """
 
 from typing import Any

@@ -50,6 +50,7 @@ struct GradientBlocks {
     view.blocks = blocks.data();
     view.first = first.data();
     view.count = static_cast<int64_t>(blocks.size());
+    view.far = samples() * dim * kDtypeSize[static_cast<int>(view.dtype)] > kNearBytes;
     if (blocks.size() > 1) make_guesses();
     return std::nullopt;
   }
@@ -57,6 +58,8 @@ struct GradientBlocks {
   int64_t samples() const { return first.back(); }
 
  private:
+  static constexpr int64_t kNearBytes = int64_t{512} << 10;
+
   void make_guesses() {
     while ((samples() >> view.shift) > 4 * view.count) ++view.shift;
     for (int64_t sample = 0, block = 0; sample < samples(); sample += int64_t{1} << view.shift) {

@@ -39,11 +39,14 @@ EMBAX_INLINE const T* row_of(const Rows& table, int64_t id) {
   return static_cast<const T*>(table.data) + id * table.dim;
 }
 
-template <typename T>
-EMBAX_INLINE void prefetch_ahead(const Rows& table, const int32_t* ids, int64_t j, int64_t count) {
+EMBAX_INLINE Ahead ahead_of(const Rows& table) {
+  return Ahead(table.data, table.dim * kDtypeSize[static_cast<int>(table.dtype)]);
+}
+
+EMBAX_INLINE void ask_for(const Ahead& ahead, const Rows& table, const int32_t* ids, int64_t j, int64_t count) {
   if (j >= count) return;
-  const T* row = row_of<T>(table, ids[j]);
-  if (row != nullptr) prefetch_row(reinterpret_cast<const char*>(row), table.dim * static_cast<int64_t>(sizeof(T)));
+  const int64_t id = ids[j];
+  if (static_cast<uint64_t>(id) < static_cast<uint64_t>(table.rows)) ahead.ask(id);
 }
 
 // Rounds to levels: {low, high, width}; half goes to the even level.
@@ -86,12 +89,13 @@ EMBAX_INLINE void write_strip(Dtype dtype, bool streams, const Strip<width>& fro
 // Sums `width` columns of the positions [begin, end), starting at `column`. The width is known to the compiler, so the
 // running sum stays in registers.
 template <int width, bool gained, bool levelled, typename T>
-EMBAX_INLINE void pool_columns(const GatherPool& work, int64_t begin, int64_t end, int64_t column, void* out) {
+EMBAX_INLINE void pool_columns(const GatherPool& work, const Ahead& ahead, int64_t begin, int64_t end, int64_t column,
+                               void* out) {
   Strip<width> total{};
   const Rows table = work.table;
   const int32_t* ids = work.ids.ids;
   for (int64_t j = begin; j < end; ++j) {
-    if (column == 0) prefetch_ahead<T>(table, ids, j + kPrefetchAhead, work.ids.capacity);
+    if (column == 0) ask_for(ahead, table, ids, j + kPrefetchAhead, work.ids.capacity);
     const T* row = row_of<T>(table, ids[j]);
     if (row == nullptr) continue;
     Strip<width> values = load_strip<width>(row + column);
@@ -107,11 +111,12 @@ EMBAX_INLINE void pool_columns(const GatherPool& work, int64_t begin, int64_t en
 template <bool gained, bool levelled, typename T>
 EMBAX_INLINE void pool_samples(const GatherPool& work, int64_t first, int64_t last) {
   const int64_t out_bytes = work.table.dim * kDtypeSize[static_cast<int>(work.out_dtype)];
+  const Ahead ahead = ahead_of(work.table);
   for (int64_t sample = first; sample < last; ++sample) {
     const int64_t begin = clamped_offset(work.ids, sample), end = clamped_offset(work.ids, sample + 1);
     void* out = static_cast<char*>(work.out) + sample * out_bytes;
     for_strips<64>(work.table.dim, [&](auto width, int64_t column) {
-      pool_columns<decltype(width)::value, gained, levelled, T>(work, begin, end, column, out);
+      pool_columns<decltype(width)::value, gained, levelled, T>(work, ahead, begin, end, column, out);
     });
   }
 #if defined(__AVX2__)
@@ -145,8 +150,9 @@ inline void gather_pool(const GatherPool& work, int64_t first, int64_t last) {
 template <typename T>
 void gather_rows_as(const GatherRows& work, int64_t first, int64_t last, T nan) {
   const int64_t dim = work.table.dim;
+  const Ahead ahead = ahead_of(work.table);
   for (int64_t j = first; j < last; ++j) {
-    prefetch_ahead<T>(work.table, work.ids, j + kPrefetchAhead, work.count);
+    ask_for(ahead, work.table, work.ids, j + kPrefetchAhead, work.count);
     const T* row = row_of<T>(work.table, work.ids[j]);
     T* out = static_cast<T*>(work.out) + j * dim;
     if (row == nullptr) {
@@ -211,8 +217,9 @@ template <typename T>
 void row_products_as(const RowProducts& work, int64_t first, int64_t last) {
   const int64_t dim = work.table.dim;
   const int64_t bytes = dim * kDtypeSize[static_cast<int>(work.gradient_dtype)];
+  const Ahead ahead = ahead_of(work.table);
   for (int64_t j = first; j < last; ++j) {
-    prefetch_ahead<T>(work.table, work.ids.ids, j + kPrefetchAhead, work.ids.capacity);
+    ask_for(ahead, work.table, work.ids.ids, j + kPrefetchAhead, work.ids.capacity);
     const T* row = row_of<T>(work.table, work.ids.ids[j]);
     const int64_t sample = work.sample_of[j];
     if (row == nullptr || sample < 0) {

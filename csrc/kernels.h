@@ -66,6 +66,7 @@ struct Gradients {
   const int32_t* guess;  // block of sample (g << shift): from there the block of a sample is a step or two away
   int shift;
   Dtype dtype;
+  bool far;  // too many for a near cache: worth asking for ahead of time
 };
 
 // Rows of codes of 8 or 4 bits, each row with its own scale and bias: see quantized.h.

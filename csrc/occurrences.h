@@ -2,19 +2,20 @@
 //
 // An entry is row << 32 | place. The sort is by row alone, least significant digit first, and stable, so the places of a
 // row stay in their order; its outcome does not depend on the number of threads. The first pass reads the ids themselves:
-// nothing is stored unsorted. Scratch: two entries an id, one number more with gains, and the digits' counts.
+// nothing is stored unsorted. Scratch: two entries of 8 bytes an id, 4 bytes more with gains, and the digits' counts, at
+// most 512 KiB.
 
 #ifndef EMBAX_CSRC_OCCURRENCES_H_
 #define EMBAX_CSRC_OCCURRENCES_H_
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace embax {
 
@@ -46,9 +47,11 @@ class Occurrences {
  public:
   // `places` tells what an entry's place is: the position of the id, else its sample.
   template <typename Pool>
-  Occurrences(Team<Pool>& team, const Ids& ids, int64_t rows, bool places) : capacity_(ids.capacity) {
-    buffers_[0].reset(new uint64_t[capacity_]);
-    if (places) sample_of_.reset(new int32_t[capacity_]);
+  Occurrences(Team<Pool>& team, const Ids& ids, int64_t rows, bool places)
+      : capacity_(ids.capacity), scratch_(static_cast<size_t>(capacity_) * (places ? 20 : 16)) {
+    buffers_[0] = reinterpret_cast<uint64_t*>(scratch_.data());
+    buffers_[1] = buffers_[0] + capacity_;
+    if (places) sample_of_ = reinterpret_cast<int32_t*>(buffers_[1] + capacity_);
     const auto visit_chunk = [&](int64_t chunk, const auto& use) {
       const int64_t size = chunk_size(capacity_);
       visit_present(ids, rows, chunk * size, std::min(capacity_, (chunk + 1) * size), use);
@@ -62,11 +65,10 @@ class Occurrences {
       visit_present(ids, rows, 0, capacity_, [&](int64_t place, int64_t sample, int64_t row) {
         buffers_[0][count_++] = entry(place, sample, row);
       });
-      if (!sorted) std::stable_sort(buffers_[0].get(), buffers_[0].get() + count_,
-                       [](uint64_t a, uint64_t b) { return a >> 32 < b >> 32; });
+      if (sorted) return;
+      std::stable_sort(buffers_[0], buffers_[0] + count_, [](uint64_t a, uint64_t b) { return a >> 32 < b >> 32; });
       return;
     }
-    buffers_[1].reset(new uint64_t[capacity_]);
     int bits = 1;
     while (bits < 31 && (rows - 1) >> bits) ++bits;
     const int widest = capacity_ < 8192 ? 8 : 11;
@@ -74,7 +76,7 @@ class Occurrences {
     const int width = (bits + passes - 1) / passes;
     counts_.resize(static_cast<size_t>(chunks(capacity_)) << width);
 
-    count_ = pass(team, capacity_, 0, width, buffers_[0].get(),
+    count_ = pass(team, capacity_, 0, width, buffers_[0],
                   [&](int64_t chunk, const auto& put) {
                     visit_chunk(chunk, [&](int64_t, int64_t, int64_t row) { put(static_cast<uint64_t>(row) << 32); });
                   },
@@ -84,19 +86,19 @@ class Occurrences {
                     });
                   });
     for (int digit = 1; digit < passes; ++digit) {
-      const uint64_t* from = buffers_[0].get();
+      const uint64_t* from = buffers_[0];
       const auto read = [this, from](int64_t chunk, const auto& put) {
         const int64_t size = chunk_size(count_), last = std::min(count_, (chunk + 1) * size);
         for (int64_t i = chunk * size; i < last; ++i) put(from[i]);
       };
-      pass(team, count_, digit * width, width, buffers_[1].get(), read, read);
+      pass(team, count_, digit * width, width, buffers_[1], read, read);
       std::swap(buffers_[0], buffers_[1]);
     }
   }
 
-  const uint64_t* entries() const { return buffers_[0].get(); }
+  const uint64_t* entries() const { return buffers_[0]; }
   int64_t count() const { return count_; }
-  const int32_t* sample_of() const { return sample_of_.get(); }
+  const int32_t* sample_of() const { return sample_of_; }
 
   // The rows that occur more than kHot times, in order.
   std::vector<HotRun> hot_runs() const {
@@ -153,8 +155,9 @@ class Occurrences {
 
   const int64_t capacity_;
   int64_t count_ = 0;
-  std::unique_ptr<uint64_t[]> buffers_[2];
-  std::unique_ptr<int32_t[]> sample_of_;
+  Scratch scratch_;
+  uint64_t* buffers_[2];
+  int32_t* sample_of_ = nullptr;
   std::vector<int32_t> counts_;
 };
 

@@ -33,7 +33,7 @@ EMBAX_INLINE const uint8_t* quantized_row(const QuantizedPool& work, int64_t id)
 EMBAX_INLINE void prefetch_quantized(const QuantizedPool& work, int64_t j) {
   if (j >= work.ids.capacity) return;
   const uint8_t* row = quantized_row(work, work.ids.ids[j]);
-  if (row != nullptr) prefetch_row(reinterpret_cast<const char*>(row), work.width);
+  if (row != nullptr) Ahead(work.data, work.width).ask_at(reinterpret_cast<const char*>(row));
 }
 
 // The codes of `width` bytes as float32: of whole bytes (bits 8), of their lower halves, or of their upper halves.

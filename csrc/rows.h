@@ -249,13 +249,27 @@ constexpr int64_t kCacheLine = 64;
 // The most of a row to ask memory for: the hardware follows a longer row by itself.
 constexpr int64_t kPrefetchBytes = 1024;
 
-// Asks for the row that begins at `row`.
-EMBAX_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  const char* end = row + (bytes < kPrefetchBytes ? bytes : kPrefetchBytes);
-  // A row may begin and end inside a line: its last byte is asked for too.
-  for (const char* at = row; at < end; at += kCacheLine) EMBAX_PREFETCH(at);
-  if (bytes % kCacheLine) EMBAX_PREFETCH(end - 1);
-}
+// Asks for rows of an array ahead of their use.
+struct Ahead {
+  const char* data;
+  int64_t bytes;
+  int64_t asked;    // of them, whole lines
+  bool straddles;   // a row may begin inside a line, and end in one more than its size says
+
+  EMBAX_INLINE Ahead(const void* array, int64_t row_bytes)
+      : data(static_cast<const char*>(array)),
+        bytes(row_bytes),
+        asked(row_bytes < kPrefetchBytes ? row_bytes : kPrefetchBytes),
+        straddles(row_bytes % kCacheLine != 0 &&
+                  (row_bytes == 0 || kCacheLine % row_bytes != 0 || reinterpret_cast<uintptr_t>(array) % kCacheLine)) {}
+
+  EMBAX_INLINE void ask(int64_t row) const { ask_at(data + row * bytes); }
+  EMBAX_INLINE void ask_at(const char* row) const {
+    EMBAX_PREFETCH(row);
+    for (int64_t at = kCacheLine; at < asked; at += kCacheLine) EMBAX_PREFETCH(row + at);
+    if (straddles) EMBAX_PREFETCH(row + asked - 1);
+  }
+};
 
 }  // namespace embax::EMBAX_ISA
 

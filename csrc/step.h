@@ -202,22 +202,29 @@ EMBAX_INLINE void step_row(const Step& work, const Constants<Optimizer>& c, int6
   });
 }
 
+// The arrays that a step reads by row, and the gradients.
 template <typename Optimizer, typename T>
-EMBAX_INLINE void prefetch_step(const Step& work, int64_t entry, int64_t dim) {
-  if (entry >= work.count) return;
-  const int64_t row = row_at(work, entry);
-  const int64_t numbers = row * dim;
-  if (row != row_at(work, entry - 1)) {
-    prefetch_row(static_cast<const char*>(work.table) + numbers * static_cast<int64_t>(sizeof(T)),
-                 dim * static_cast<int64_t>(sizeof(T)));
-    for (int s = 0; s < Optimizer::kElementSlots; ++s) {
-      prefetch_row(reinterpret_cast<const char*>(work.slots[s] + numbers), dim * 4);
+struct StepAhead {
+  Ahead table, slot0, slot1, gradient;
+
+  EMBAX_INLINE explicit StepAhead(const Step& work)
+      : table(work.table, work.dim * static_cast<int64_t>(sizeof(T))),
+        slot0(work.slots[0], work.dim * 4),
+        slot1(work.slots[1], work.dim * 4),
+        gradient(nullptr, work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)]) {}
+
+  EMBAX_INLINE void ask(const Step& work, int64_t entry) const {
+    if (entry >= work.count) return;
+    const int64_t row = row_at(work, entry);
+    if (row != row_at(work, entry - 1)) {
+      table.ask(row);
+      if constexpr (Optimizer::kElementSlots > 0) slot0.ask(row);
+      if constexpr (Optimizer::kElementSlots > 1) slot1.ask(row);
+      if constexpr (Optimizer::kRowSlot) EMBAX_PREFETCH(work.slots[Optimizer::kElementSlots] + row);
     }
-    if constexpr (Optimizer::kRowSlot) EMBAX_PREFETCH(work.slots[Optimizer::kElementSlots] + row);
+    if (work.gradients.far) gradient.ask_at(gradient_of(work, place_at(work, entry), gradient.bytes));
   }
-  const int64_t bytes = dim * kDtypeSize[static_cast<int>(work.gradients.dtype)];
-  prefetch_row(gradient_of(work, place_at(work, entry), bytes), bytes);
-}
+};
 
 // Entries between asking memory for a row, its slots and its gradient, and using them: about 4 KiB of them.
 EMBAX_INLINE int64_t step_ahead(int64_t dim) { return dim <= 16 ? 32 : dim >= 128 ? 8 : 16; }
@@ -232,12 +239,13 @@ void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_
                                work.clip_norm < __builtin_inff(),
                                work.clip_norm < __builtin_inff() || work.l2 != 0 || work.decay != 0,
                                work.stochastic};
-  const int64_t ahead = step_ahead(c.dim);
+  const int64_t distance = step_ahead(c.dim);
+  const StepAhead<Optimizer, T> ahead(work);
   int64_t begin = first, asked = first + 1;
   while (begin < last && begin > 0 && row_at(work, begin) == row_at(work, begin - 1)) ++begin;  // another's run
   while (begin < last) {
     const int64_t end = run_end(work, begin);
-    for (; asked < end + ahead; ++asked) prefetch_step<Optimizer, T>(work, asked, c.dim);
+    for (; asked < end + distance; ++asked) ahead.ask(work, asked);
     step_row<Optimizer, T>(work, c, row_at(work, begin), row_gradient(work, begin, end, sum));
     begin = end;
   }
@@ -246,15 +254,15 @@ void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_
 // The same walk, storing sums instead of stepping: RowGradients.
 inline void sum_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_t rank) {
   int64_t begin = first;
-  const int64_t bytes = work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)];
+  const Ahead gradients(nullptr, work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)]);
   const int64_t out_bytes = work.dim * kDtypeSize[static_cast<int>(work.out_dtype)];
   const int64_t ahead = step_ahead(work.dim);
   int64_t asked = first + 1;
   while (begin < last && begin > 0 && row_at(work, begin) == row_at(work, begin - 1)) ++begin;
   for (; begin < last; ++rank) {
     const int64_t end = run_end(work, begin);
-    for (; asked < end + ahead && asked < work.count; ++asked) {
-      prefetch_row(gradient_of(work, place_at(work, asked), bytes), bytes);
+    for (; work.gradients.far && asked < end + ahead && asked < work.count; ++asked) {
+      gradients.ask_at(gradient_of(work, place_at(work, asked), gradients.bytes));
     }
     const float* gradient = row_gradient(work, begin, end, sum);
     work.out_rows[rank] = static_cast<int32_t>(row_at(work, begin));

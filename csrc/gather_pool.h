@@ -24,9 +24,6 @@
 
 namespace embax::EMBAX_ISA {
 
-// Positions between asking memory for a row and summing it.
-constexpr int64_t kPrefetchAhead = 32;
-
 EMBAX_INLINE int64_t clamped_offset(const Ids& ids, int64_t sample) {
   const int64_t offset = ids.offsets[sample];
   return offset < 0 ? 0 : offset > ids.capacity ? ids.capacity : offset;
@@ -95,7 +92,7 @@ EMBAX_INLINE void pool_columns(const GatherPool& work, const Ahead& ahead, int64
   const Rows table = work.table;
   const int32_t* ids = work.ids.ids;
   for (int64_t j = begin; j < end; ++j) {
-    if (column == 0) ask_for(ahead, table, ids, j + kPrefetchAhead, work.ids.capacity);
+    if (column == 0) ask_for(ahead, table, ids, j + ahead.places, work.ids.capacity);
     const T* row = row_of<T>(table, ids[j]);
     if (row == nullptr) continue;
     Strip<width> values = load_strip<width>(row + column);
@@ -152,7 +149,7 @@ void gather_rows_as(const GatherRows& work, int64_t first, int64_t last, T nan) 
   const int64_t dim = work.table.dim;
   const Ahead ahead = ahead_of(work.table);
   for (int64_t j = first; j < last; ++j) {
-    ask_for(ahead, work.table, work.ids, j + kPrefetchAhead, work.count);
+    ask_for(ahead, work.table, work.ids, j + ahead.places, work.count);
     const T* row = row_of<T>(work.table, work.ids[j]);
     T* out = static_cast<T*>(work.out) + j * dim;
     if (row == nullptr) {
@@ -219,7 +216,7 @@ void row_products_as(const RowProducts& work, int64_t first, int64_t last) {
   const int64_t bytes = dim * kDtypeSize[static_cast<int>(work.gradient_dtype)];
   const Ahead ahead = ahead_of(work.table);
   for (int64_t j = first; j < last; ++j) {
-    ask_for(ahead, work.table, work.ids.ids, j + kPrefetchAhead, work.ids.capacity);
+    ask_for(ahead, work.table, work.ids.ids, j + ahead.places, work.ids.capacity);
     const T* row = row_of<T>(work.table, work.ids.ids[j]);
     const int64_t sample = work.sample_of[j];
     if (row == nullptr || sample < 0) {

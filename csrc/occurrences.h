@@ -48,13 +48,14 @@ class Occurrences {
   // `places` tells what an entry's place is: the position of the id, else its sample.
   template <typename Pool>
   Occurrences(Team<Pool>& team, const Ids& ids, int64_t rows, bool places)
-      : capacity_(ids.capacity), scratch_(static_cast<size_t>(capacity_) * (places ? 20 : 16)) {
+      : capacity_(ids.capacity),
+        chunks_(std::min(kMostChunks, team.threads())),
+        scratch_(static_cast<size_t>(capacity_) * (places ? 20 : 16)) {
     buffers_[0] = reinterpret_cast<uint64_t*>(scratch_.data());
     buffers_[1] = buffers_[0] + capacity_;
     if (places) sample_of_ = reinterpret_cast<int32_t*>(buffers_[1] + capacity_);
     const auto visit_chunk = [&](int64_t chunk, const auto& use) {
-      const int64_t size = chunk_size(capacity_);
-      visit_present(ids, rows, chunk * size, std::min(capacity_, (chunk + 1) * size), use);
+      visit_present(ids, rows, capacity_ * chunk / chunks_, capacity_ * (chunk + 1) / chunks_, use);
     };
     const auto entry = [&](int64_t place, int64_t sample, int64_t row) {
       if (places) sample_of_[place] = static_cast<int32_t>(sample);
@@ -74,9 +75,9 @@ class Occurrences {
     const int widest = capacity_ < 8192 ? 8 : 11;
     const int passes = (bits + widest - 1) / widest;
     const int width = (bits + passes - 1) / passes;
-    counts_.resize(static_cast<size_t>(chunks(capacity_)) << width);
+    counts_.resize(static_cast<size_t>(chunks_) << width);
 
-    count_ = pass(team, capacity_, 0, width, buffers_[0],
+    count_ = pass(team, 0, width, buffers_[0],
                   [&](int64_t chunk, const auto& put) {
                     visit_chunk(chunk, [&](int64_t, int64_t, int64_t row) { put(static_cast<uint64_t>(row) << 32); });
                   },
@@ -88,10 +89,10 @@ class Occurrences {
     for (int digit = 1; digit < passes; ++digit) {
       const uint64_t* from = buffers_[0];
       const auto read = [this, from](int64_t chunk, const auto& put) {
-        const int64_t size = chunk_size(count_), last = std::min(count_, (chunk + 1) * size);
-        for (int64_t i = chunk * size; i < last; ++i) put(from[i]);
+        const int64_t last = count_ * (chunk + 1) / chunks_;
+        for (int64_t i = count_ * chunk / chunks_; i < last; ++i) put(from[i]);
       };
-      pass(team, count_, digit * width, width, buffers_[1], read, read);
+      pass(team, digit * width, width, buffers_[1], read, read);
       std::swap(buffers_[0], buffers_[1]);
     }
   }
@@ -121,39 +122,35 @@ class Occurrences {
  private:
   // Up to here a comparison sort is faster than counting digits.
   static constexpr int64_t kSmall = 128;
-  // Chunks are counted and moved one by one; more than these would only cost memory for their counts.
-  static constexpr int64_t kChunk = 16384, kMostChunks = 64;
-
-  static int64_t chunk_size(int64_t count) { return std::max(kChunk, (count + kMostChunks - 1) / kMostChunks); }
-  static int64_t chunks(int64_t count) { return (count + chunk_size(count) - 1) / chunk_size(count); }
+  // A chunk for each thread. More of them would write to the same lines of memory: those of one digit lie side by side.
+  static constexpr int64_t kMostChunks = 64;
 
   // Moves the entries that `read` gives to `to`, ordered by `width` bits of the row from `shift` on; returns how many.
   // `count_read` gives entries with the same rows in the same order.
   template <typename Pool, typename CountRead, typename Read>
-  int64_t pass(Team<Pool>& team, int64_t size, int shift, int width, uint64_t* to, const CountRead& count_read,
-               const Read& read) {
-    const int64_t buckets = int64_t{1} << width, parts = chunks(size);
+  int64_t pass(Team<Pool>& team, int shift, int width, uint64_t* to, const CountRead& count_read, const Read& read) {
+    const int64_t buckets = int64_t{1} << width;
     const uint64_t mask = static_cast<uint64_t>(buckets - 1);
     const int low = 32 + shift;
-    team.run(parts, [&](int64_t chunk) {
+    team.run(chunks_, [&](int64_t chunk) {
       int32_t* counts = counts_.data() + chunk * buckets;
       std::fill(counts, counts + buckets, 0);
       count_read(chunk, [=](uint64_t entry) { ++counts[entry >> low & mask]; });
     });
     int32_t total = 0;
     for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-      for (int64_t chunk = 0; chunk < parts; ++chunk) {
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
         total += std::exchange(counts_[static_cast<size_t>(chunk * buckets + bucket)], total);
       }
     }
-    team.run(parts, [&](int64_t chunk) {
+    team.run(chunks_, [&](int64_t chunk) {
       int32_t* places = counts_.data() + chunk * buckets;
       read(chunk, [=](uint64_t entry) { to[places[entry >> low & mask]++] = entry; });
     });
     return total;
   }
 
-  const int64_t capacity_;
+  const int64_t capacity_, chunks_;
   int64_t count_ = 0;
   Scratch scratch_;
   uint64_t* buffers_[2];

@@ -29,12 +29,12 @@
 
 #if defined(__GNUC__)
 #define EMBAX_INLINE inline __attribute__((always_inline))
-#define EMBAX_PREFETCH(address) __builtin_prefetch(address)
-#define EMBAX_PREFETCH_TO_WRITE(address) __builtin_prefetch(address, 1)
+// Into the second cache: more requests can be under way to it than to the first, which is worth a quarter of the time of
+// a gather.
+#define EMBAX_PREFETCH(address) __builtin_prefetch(address, 0, 2)
 #else
 #define EMBAX_INLINE inline
 #define EMBAX_PREFETCH(address) (void)(address)
-#define EMBAX_PREFETCH_TO_WRITE(address) (void)(address)
 #endif
 
 // A formula of optimizers.h: read by a host compiler here, and by NVRTC, which has no host headers.

@@ -96,7 +96,7 @@ template <int bits, int width, bool gained>
 EMBAX_INLINE void pool_codes(const QuantizedPool& work, int64_t begin, int64_t end, int64_t place, void* out) {
   float low[width] = {}, high[width] = {}, bias_total = 0;
   for (int64_t j = begin; j < end; ++j) {
-    if (place == 0) prefetch_quantized(work, j + kPrefetchAhead);
+    if (place == 0) prefetch_quantized(work, j + 48);
     const uint8_t* row = quantized_row(work, work.ids.ids[j]);
     if (row == nullptr) {
       if (work.ids.offsets == nullptr) bias_total = __builtin_nanf("");

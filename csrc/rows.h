@@ -254,12 +254,14 @@ struct Ahead {
   const char* data;
   int64_t bytes;
   int64_t asked;    // of them, whole lines
+  int64_t places;   // between asking for a row of a gather and reading it; for short rows fewer will do
   bool straddles;   // a row may begin inside a line, and end in one more than its size says
 
   EMBAX_INLINE Ahead(const void* array, int64_t row_bytes)
       : data(static_cast<const char*>(array)),
         bytes(row_bytes),
         asked(row_bytes < kPrefetchBytes ? row_bytes : kPrefetchBytes),
+        places(row_bytes <= kCacheLine ? 32 : 48),
         straddles(row_bytes % kCacheLine != 0 &&
                   (row_bytes == 0 || kCacheLine % row_bytes != 0 || reinterpret_cast<uintptr_t>(array) % kCacheLine)) {}
 

@@ -227,7 +227,7 @@ struct StepAhead {
 };
 
 // Entries between asking memory for a row, its slots and its gradient, and using them: about 4 KiB of them.
-EMBAX_INLINE int64_t step_ahead(int64_t dim) { return dim <= 16 ? 32 : dim >= 128 ? 8 : 16; }
+EMBAX_INLINE int64_t step_ahead(int64_t dim) { return dim <= 16 ? 32 : dim >= 128 ? 12 : 20; }
 
 template <typename Optimizer, typename T>
 void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_t) {

@@ -344,8 +344,11 @@ def _stack_ids(plan: Plan, stack: StackPlan, columns: list[Column]) -> StackIds:
             f'stack "{stack.name}": {total} ids in a batch (capacity {capacity}), and at most 2**31 - 1 are possible; '
             "split the batch"
         )
-    ids, offsets = np.empty((1, capacity), np.int32), np.zeros((1, samples + 1), np.int32)
-    gains = np.ones((1, capacity), np.float32) if any(c.gains is not None for c in columns) else None
+    ids, offsets = host.empty(capacity, np.int32), host.empty(samples + 1, np.int32)
+    offsets[0, 0] = 0
+    gains = host.empty(capacity, np.float32) if any(c.gains is not None for c in columns) else None
+    if gains is not None:
+        gains[...] = 1
     at = sample = 0
     for index, column in zip(stack.features, columns, strict=True):
         end, last = at + len(column.values), sample + column.samples

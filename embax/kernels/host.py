@@ -60,6 +60,20 @@ class Source(NamedTuple):
     splits: np.ndarray | None
 
 
+# JAX reads an array of the host where it lies if it begins on a line of memory; others it copies at every call.
+_LINE, _WORTH_IT = 64, 16 << 10
+
+
+def empty(count: int, dtype: Any) -> np.ndarray:
+    """Returns an array ``[1, count]`` of numbers of 4 bytes, of any content, that JAX need not copy."""
+    size = 4 * count
+    if size < _WORTH_IT:
+        return np.empty((1, count), dtype)
+    room = np.empty(size + _LINE, np.uint8)
+    start = -room.__array_interface__["data"][0] % _LINE
+    return room[start : start + size].view(dtype).reshape(1, count)
+
+
 class Arrays:
     """The arrays of one stack, filled feature after feature: ``at`` ids and ``sample`` samples are there by now.
 
@@ -70,9 +84,9 @@ class Arrays:
 
     def __init__(self, capacity: int, samples: int, gains: bool, counts: np.ndarray):
         self.counts = counts
-        self.ids = np.empty((1, capacity), np.int32)
-        self.offsets = np.empty((1, samples + 1), np.int32)
-        self.gains = np.empty((1, capacity), np.float32) if gains else None
+        self.ids = empty(capacity, np.int32)
+        self.offsets = empty(samples + 1, np.int32)
+        self.gains = empty(capacity, np.float32) if gains else None
         self.offsets[0, 0] = 0
         self.room, self.at, self.sample = capacity, 0, 0
         # Where they are: found once for all features, by whom it may concern.

@@ -10,7 +10,7 @@ SECONDS ?= 600
 # is built into embax/kernels/_native.
 INSTALLED := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cc csrc/*.map) $(shell find third_party -type f)
 
-.PHONY: train test lint native nightly bench wheels wheel-check sanitize fuzz clean
+.PHONY: train test lint native nightly bench bench-peers wheels wheel-check sanitize fuzz clean
 
 train: .venv/train.stamp
 	.venv/bin/embax train completejourney
@@ -41,6 +41,11 @@ endif
 
 bench: .venv/test.stamp
 	.venv/bin/python -m benchmarks
+
+# The peers of `python -m benchmarks.cpu`; without them their columns stay empty.
+bench-peers: .venv/test.stamp
+	.venv/bin/python -m pip install --quiet --editable '.[benchmarks]'
+	.venv/bin/python -m pip install --quiet --no-deps fbgemm-gpu-cpu==1.8.0
 
 # By the system's compiler for this processor, by ziglang's for the other.
 wheels: .venv/test.stamp

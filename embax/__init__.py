@@ -34,6 +34,7 @@ from embax.gradients.table import Table as Table
 from embax.id_batch import IdBatch as IdBatch
 from embax.id_inputs import CooIds as CooIds
 from embax.id_inputs import RaggedIds as RaggedIds
+from embax.kernels.native import native_calls as native_calls
 from embax.lookup import Residuals as Residuals
 from embax.lookup import lookup as lookup
 from embax.optimizers import F2A as F2A

@@ -62,6 +62,18 @@ def use_huge_pages() -> bool:
     return loaded is not None
 
 
+def native_calls() -> tuple[str, ...]:
+    """Returns the names of the native kernels, as programs on CPU call them.
+
+    ``jax.export`` asks who vouches for such calls: a program that calls them runs wherever embax, of this version, is
+    installed with its native library.
+
+    >>> import jax, embax
+    >>> checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in embax.native_calls()]
+    """
+    return _TARGETS
+
+
 @functools.cache
 def optimizers() -> frozenset[str]:
     """Returns the names of the optimizers that the library has kernels for."""

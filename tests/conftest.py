@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # `make nightly` asks for more.
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "25"))
 settings.register_profile(
     "embax",
     max_examples=EXAMPLES,

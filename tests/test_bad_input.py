@@ -13,6 +13,8 @@ from helpers import feature, table_spec
 
 import embax
 
+pytestmark = pytest.mark.once
+
 INTEGERS = "they must be integers, and nothing is rounded or cast silently"
 CAST = f"{INTEGERS}; use .astype(numpy.int32) if they are whole numbers"
 MAPPED = f"{INTEGERS}; map them to integers first"

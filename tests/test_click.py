@@ -18,6 +18,8 @@ from embax.tasks import completejourney, report
 from embax.tasks.click import Dlrm, LogisticRegression
 from embax.tasks.training import Recipe, Trainer
 
+pytestmark = pytest.mark.once
+
 CARDS = {
     **{"household_id": 2470, "product_id": 68510, "store_id": 458, "dow": 8, "hour": 25, "manufacturer_id": 5310},
     **{"department": 31, "brand": 3, "product_category": 303, "product_type": 2243, "package_size": 3063, "age": 7},

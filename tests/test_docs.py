@@ -14,6 +14,8 @@ import pytest
 
 import embax
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SPECIFICATION = ROOT / "docs" / "specification.md"

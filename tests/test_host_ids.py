@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import embax
 from embax.kernels import host, native
 
+pytestmark = pytest.mark.once
+
 preprocess_module = importlib.import_module("embax.preprocess")
 DTYPES = [np.dtype(t) for t in host.TYPES]
 FAR = [-(2**63), -(2**32) + 3, -(2**31), -2, -1, 0, 1, 3, 6, 7, 49, 50, 255, 2**31 - 1, 2**32 - 1, 2**32 + 3, 2**63 - 1]

@@ -12,6 +12,8 @@ import optax
 import oracle
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROW, GRADIENT = np.array([1.0, -2.0, 0.5]), np.array([0.25, -1.5, 3.0])
 SAMPLES = [[0, 2, 2], [], [1], [3, 0, 1, 3]]
 WEIGHTS = [[1.0, 2.0, 0.5], [], [3.0], [0.5, -1.0, 2.0, 1.5]]

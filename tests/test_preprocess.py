@@ -28,6 +28,8 @@ from id_cases import (
 import embax
 from embax.id_batch import bucket
 
+pytestmark = pytest.mark.once
+
 KINDS = tuple(SHAPES)
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", ">i4", ">i8")
 # Multiples of a quarter: their sums are exact, so that "adds up to zero" means the same everywhere.

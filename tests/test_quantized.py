@@ -19,6 +19,8 @@ import embax
 from embax import kernels, quantized
 from embax.id_batch import StackIds
 
+pytestmark = pytest.mark.once
+
 BITS, DIMS, ROWS = (8, 4), (1, 2, 3, 5, 16, 64, 100), 11
 COMBINERS = {"sum": lambda w: w, "mean": lambda w: w / w.sum(), "sqrtn": lambda w: w / np.sqrt((w * w).sum())}
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -304,6 +306,7 @@ def test_threads_do_not_change_bits(dim, bits):
 
 
 @needs_library
+@pytest.mark.nightly
 def test_vector_widths_do_not_change_bits():
     seen, folder = {}, os.path.dirname(__file__)
     for isa in ("portable", "avx2", "avx512"):

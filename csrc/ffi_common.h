@@ -52,8 +52,9 @@ inline bool gains_fit(const IntVector& ids, const FloatVector& gains) {
   return count == 0 || count == ids.dimensions()[0];
 }
 
-// Buffers this large do not stay in a cache until they are read again.
-constexpr int64_t kStreamBytes = int64_t{24} << 20;
+// Buffers this large do not stay in any cache until they are read again. (Those of 54 MB did, in part: written around the
+// caches they were slower.)
+constexpr int64_t kStreamBytes = int64_t{128} << 20;
 
 // Whether a result of that many bytes should be written around the caches; streams need rows of whole lines.
 inline bool streams(int64_t bytes, int64_t dim, Dtype dtype) {

@@ -77,6 +77,17 @@ EMBAX_INLINE V load_vector(const float* from) {
 template <typename V>
 EMBAX_INLINE V load_vector(const BFloat16* from) {
   constexpr int n = sizeof(V) / 4;
+#if defined(__AVX512F__)
+  if constexpr (n == 16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16));
+  }
+#endif
+#if defined(__AVX2__)
+  // Compilers widen 16 bits in two halves, which costs a third of a gather's speed.
+  if constexpr (n == 8) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16));
+  }
+#endif
   if constexpr (n == 1) {
     return widened(*from);
   } else {

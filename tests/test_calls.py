@@ -95,9 +95,9 @@ def test_the_gain_of_an_absent_id_is_not_read():
 
 def test_a_large_result_is_streamed_right():
     rng = np.random.default_rng(0)
-    table, ids = rng.normal(size=(1000, 64)).astype(np.float32), rng.integers(-1, 1001, 110_000, np.int32)
-    found = calls.Occurrences(jnp.asarray(ids), jnp.arange(110_001, dtype=jnp.int32))
-    pooled = np.asarray(calls.gather_pool(jnp.asarray(table), found, (110_000,), "float32")[0])
+    table, ids = rng.normal(size=(1000, 64)).astype(np.float32), rng.integers(-1, 1001, 530_000, np.int32)
+    found = calls.Occurrences(jnp.asarray(ids), jnp.arange(530_001, dtype=jnp.int32))
+    pooled = np.asarray(calls.gather_pool(jnp.asarray(table), found, (530_000,), "float32")[0])
     present = (ids >= 0) & (ids < 1000)
     np.testing.assert_array_equal(pooled, np.where(present[:, None], table[np.clip(ids, 0, 999)], 0))
     rows = np.asarray(calls.gather_rows(jnp.asarray(table), jnp.asarray(ids)))

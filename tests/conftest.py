@@ -25,6 +25,21 @@ settings.register_profile(
 settings.load_profile("embax")
 
 
+# What a newer jax is least likely to change, and takes long: on the oldest only, nightly on both.
+ONCE = (
+    ("test_transforms.py", ("-prefetched]", "-plain]", "-eager]")),
+    ("test_battery.py", ("[reference-sgd-", "[reference-rowwise_adagrad-", "[reference-adam_modified-")),
+    ("test_laws.py", ("test_same_inputs_same_bits[reference", "test_capacity_does_not_matter[reference")),
+    ("test_native.py", ("test_neither_threads",)),
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(file in item.nodeid and any(part in item.name for part in parts) for file, parts in ONCE):
+            item.add_marker(pytest.mark.once)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """Each backend that can run here; the reference always, the native one where it is built."""

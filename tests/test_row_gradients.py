@@ -12,6 +12,8 @@ import embax
 from embax.row_gradients import sum_rows
 from embax.sorted_rows import stable_order
 
+pytestmark = pytest.mark.once
+
 
 @given(
     st.tuples(st.sampled_from([1, 100, 2**16, 10**7, 2**31 - 2]), st.sampled_from([1, 2, 80])).flatmap(

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import embax
 
+pytestmark = pytest.mark.once
+
 SHAPES = st.sampled_from([(), (0,), (1,), (5,), (2, 3), (3, 0, 2), (2, 2, 2, 2)])
 DTYPES = st.sampled_from([np.int8, np.int16, np.int32, np.uint8, np.uint16, np.uint32])
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import embax
 
+pytestmark = pytest.mark.once
+
 VOCABULARY, DIM = 7, 2
 TABLE = jax.random.normal(jax.random.key(0), (VOCABULARY, DIM))
 IDS = jnp.array([[1, 6, 6], [-1, 0, 3]])

@@ -76,7 +76,7 @@ std::optional<Ids> ids_of(const IntVector& ids, const IntVector& offsets, const 
                           const FloatVector& gains, int64_t sample_count) {
   const int64_t capacity = ids.dimensions()[0], bounds = offsets.dimensions()[0], given = samples.dimensions()[0];
   const bool fits = bounds > 0 ? bounds - 1 == sample_count : given > 0 ? given == capacity : capacity == sample_count;
-  if (!fits || !gains_fit(ids, gains)) return std::nullopt;
+  if (!fits || !gains_fit(ids, gains) || capacity > std::numeric_limits<int32_t>::max()) return std::nullopt;
   return Ids{ids.typed_data(), bounds > 0 ? offsets.typed_data() : nullptr,
              gains.dimensions()[0] == 0 ? nullptr : gains.typed_data(), capacity, sample_count,
              bounds == 0 && given > 0 ? samples.typed_data() : nullptr};
@@ -169,8 +169,8 @@ ffi::Error update(ffi::ThreadPool pool, IntVector ids_buffer, IntVector offsets,
   GradientBlocks blocks;
   if (const auto wrong = blocks.read(args, rets.size(), step.dim)) return invalid("update: " + *wrong);
   const std::optional<Ids> given = ids_of(ids_buffer, offsets, samples, gains, blocks.samples());
-  if (!given || modifiers.dimensions()[0] != 3) {
-    return invalid("update: offsets, samples, gains, modifiers or gradients do not fit the batch");
+  if (!given || modifiers.dimensions()[0] != 3 || hyper.dimensions()[0] != kHyper) {
+    return invalid("update: offsets, samples, gains, hyperparameters or gradients do not fit the batch");
   }
   const Ids& ids = *given;
   if (ids.capacity == 0 || blocks.samples() == 0 || rows == 0 || step.dim == 0) return ffi::Error::Success();
@@ -199,7 +199,7 @@ ffi::Error row_gradients(ffi::ThreadPool pool, IntVector ids_buffer, IntVector o
   GradientBlocks blocks;
   if (const auto wrong = blocks.read(args, 0, out.dim)) return invalid("row_gradients: " + *wrong);
   const std::optional<Ids> given = ids_of(ids_buffer, offsets, samples, gains, blocks.samples());
-  if (!given || out.rows != room || room < std::min(given->capacity, rows)) {
+  if (!given || rows > std::numeric_limits<int32_t>::max() || out.rows != room || room < std::min(given->capacity, rows)) {
     return invalid("row_gradients: the batch must fit the gradients, the results hold min(ids, rows) rows");
   }
   const Ids& ids = *given;

@@ -83,6 +83,7 @@ struct QuantizedPool {
 };
 
 constexpr int kMaxSlots = 2;
+constexpr int64_t kHyper = 8;  // hyperparameters, filled up with zeros: no formula reads more
 // A row that occurs more often than this is added up in blocks of kBlock, which several threads share.
 constexpr int64_t kHot = 4096, kBlock = 1024;
 

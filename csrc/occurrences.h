@@ -49,7 +49,7 @@ class Occurrences {
   template <typename Pool>
   Occurrences(Team<Pool>& team, const Ids& ids, int64_t rows, bool places)
       : capacity_(ids.capacity),
-        chunks_(std::min(kMostChunks, team.threads())),
+        chunks_(rising(ids) ? std::min(kMostChunks, team.threads()) : 1),
         scratch_(static_cast<size_t>(capacity_) * (places ? 20 : 16)) {
     buffers_[0] = reinterpret_cast<uint64_t*>(scratch_.data());
     buffers_[1] = buffers_[0] + capacity_;
@@ -124,6 +124,11 @@ class Occurrences {
   static constexpr int64_t kSmall = 128;
   // A chunk for each thread. More of them would write to the same lines of memory: those of one digit lie side by side.
   static constexpr int64_t kMostChunks = 64;
+
+  // Where offsets fall, whose an id is depends on where the reading begins: one chunk, then, for any number of threads.
+  static bool rising(const Ids& ids) {
+    return ids.offsets == nullptr || std::is_sorted(ids.offsets, ids.offsets + ids.samples + 1);
+  }
 
   // Moves the entries that `read` gives to `to`, ordered by `width` bits of the row from `shift` on; returns how many.
   // `count_read` gives entries with the same rows in the same order.

@@ -102,7 +102,10 @@ class Team {
   }
 
   void recruit(int64_t helpers) {
-    auto task = [shared = shared_] { help(*shared); };
+    // A pool whose queue is full may run a task at once, on the thread that schedules it: the caller works without it.
+    auto task = [shared = shared_, caller = std::this_thread::get_id()] {
+      if (std::this_thread::get_id() != caller) help(*shared);
+    };
     // Schedule keeps what it is given, so every helper gets a copy of its own.
     for (int64_t i = 0; i < helpers; ++i) pool_.Schedule(decltype(task)(task));
   }

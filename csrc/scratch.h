@@ -1,7 +1,8 @@
 // Scratch memory that outlives a call: what one step needed, the next one finds, already faulted in.
 //
 // A step's scratch is a few bytes for each id of its batch (see occurrences.h). Freed and allocated anew it would be
-// mapped and zeroed by the system at every step, at the cost of sorting it. At most kKept blocks stay, the largest ones.
+// mapped and zeroed by the system at every step, at the cost of sorting it. At most kKept blocks stay, the largest ones of
+// up to kLargest bytes.
 
 #ifndef EMBAX_CSRC_SCRATCH_H_
 #define EMBAX_CSRC_SCRATCH_H_
@@ -32,7 +33,7 @@ class Scratch {
     std::mutex mutex;
     std::vector<Block> blocks;  // the smallest first
   };
-  static constexpr size_t kKept = 4;
+  static constexpr size_t kKept = 4, kLargest = size_t{256} << 20;
 
   static Kept& kept() {
     static Kept* const all = new Kept;  // never destroyed: a thread may still be at work when the process ends
@@ -56,6 +57,7 @@ class Scratch {
   }
 
   static void give_back(Block block) {
+    if (block.size > kLargest) return;
     Kept& all = kept();
     const std::lock_guard<std::mutex> lock(all.mutex);
     auto place = all.blocks.begin();

@@ -30,11 +30,11 @@ def tune_allocator() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    native.use_huge_pages()
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # a C library without it, such as musl
         return False
+    native.use_huge_pages()
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     # Threads otherwise have heaps of their own, which hold at most 64 MiB and are given back whole.
     taken = [mallopt(_ARENA_MAX, 1), mallopt(_TRIM_THRESHOLD, _LARGEST_KEPT)]

@@ -280,6 +280,30 @@ def test_a_changed_formula_is_obeyed(backend):
     np.testing.assert_array_equal(before[[0, 2, 4]], after[[0, 2, 4]])
 
 
+def test_rows_beyond_32_bits_are_none():
+    optimizer = embax.SGD(1.0)
+    hyper = (optimizer.modifiers(0), optimizer.hyperparameters(0))
+    with jax.enable_x64(True):
+        gradient = RowGradients(jnp.array([1, 2**32 + 3]), jnp.ones((2, 1), jnp.float32), 8)
+        new = cpu.apply(optimizer, embax.init_slots(optimizer, jnp.zeros((8, 1), jnp.float32)), gradient, hyper)
+    assert np.asarray(new.table).ravel().tolist() == [0, -1, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_penalty_on_the_derivative_of_weights(backend):
+    plan = embax.plan(feature(table_spec(), inputs=(2, 3)), backend=backend)
+    tables, ids = embax.init(plan, jax.random.key(0)), jnp.array([[1, 2, 3], [4, 4, 5]])
+
+    def loss(weights):
+        batch = embax.preprocess_traced(plan, ids, weights)
+        return jnp.tanh(embax.lookup(plan, tables, batch)[0] @ jnp.arange(4.0)).sum()
+
+    weights = jnp.full((2, 3), 0.3)
+    exact = jax.grad(lambda w: (jax.grad(loss)(w) ** 2).sum())(weights)
+    step = 1e-2 * jnp.eye(6).reshape(6, 2, 3)
+    near = [((jax.grad(loss)(weights + s) ** 2).sum() - (jax.grad(loss)(weights - s) ** 2).sum()) / 2e-2 for s in step]
+    np.testing.assert_allclose(exact.reshape(-1), near, rtol=5e-2, atol=5e-2)
+
+
 # ---- inside of JAX -----------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ struct Blocks {
     const int64_t count = static_cast<int64_t>(data.size());
     pointers.clear();
     for (const Array<char>& block : data) pointers.push_back(block.data());
-    view = {pointers.data(), first.data(), count, nullptr, 0, dtype};
+    view = {pointers.data(), first.data(), count, nullptr, 0, dtype, true};
     while (first.back() >> view.shift > 4 * count) ++view.shift;
     guess.clear();
     for (int64_t sample = 0, block = 0; sample < first.back(); sample += int64_t{1} << view.shift) {

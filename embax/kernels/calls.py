@@ -81,7 +81,8 @@ def update(
       hyper: ``(Modifiers, hyperparameters)`` of this step.
     """
     modifiers, own = hyper
-    numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in own])
+    numbers = [jnp.asarray(x, jnp.float32) for x in own]
+    numbers = jnp.stack(numbers + [jnp.float32(0)] * (_HYPER - len(numbers)))
     common = jnp.stack([modifiers.row_clip_norm, modifiers.l2_weight_decay, modifiers.decay])
     seed, stochastic = modifiers.rounding_seed, modifiers.rounding_seed is not None
     seed = jnp.uint32(0) if seed is None else seed
@@ -106,6 +107,9 @@ def write_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Arra
     """Returns ``table`` with its distinct ``rows`` replaced by ``values`` of its dtype; those outside are skipped."""
     shape = [(table.shape, table.dtype)]
     return _call("embax_write_rows", (rows, values, table), shape, {2: 0})[0]
+
+
+_HYPER = 8  # kHyper in csrc/kernels.h
 
 
 def _floats(values: Sequence[float]) -> np.ndarray:

@@ -48,7 +48,10 @@ def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper
         return state
     if not has_kernel(optimizer, state):
         return reference.apply(optimizer, state, gradient, hyper, step_rows)
-    rows = gradient.rows.astype(jnp.int32)
+    total = state.table.shape[0]
+    # Compared before they are narrowed: a row beyond 32 bits must not come back as another one.
+    valid = (gradient.rows >= 0) & (gradient.rows < total)
+    rows = jnp.where(valid, gradient.rows, total).astype(jnp.int32)
     values = _of_one_dtype((gradient.values,))
     return _stepped(optimizer, state, calls.Occurrences(rows), rows, values, hyper)
 
@@ -86,7 +89,20 @@ def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: j
     """Returns the derivatives of the gains."""
     if not ids.ids.shape[0]:
         return jnp.zeros(0, jnp.float32)
-    return calls.row_products(table, ids.ids, ids.offsets, gradients, _levels(stack))
+    return _products(stack, (ids.samples, ids.valencies), table, gradients, ids.ids, ids.offsets)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _products(stack, form, table, gradients, ids, offsets):
+    return calls.row_products(table, ids, offsets, gradients, _levels(stack))
+
+
+@_products.defjvp
+def _products_jvp(stack, form, primals, tangents):
+    def products(table, gradients, ids, offsets):
+        return reference.row_products(stack, table, StackIds(ids, offsets, None, *form), gradients)
+
+    return _products(stack, form, *primals), jax.jvp(products, primals, tangents)[1]
 
 
 def take(table: jax.Array, rows: jax.Array) -> jax.Array:

@@ -56,10 +56,10 @@ def library() -> ctypes.CDLL | None:
 
 def use_huge_pages() -> bool:
     """Tells the kernels to put tables of 32 MiB and more on huge pages when they first meet them."""
-    loaded = library()
-    if loaded is not None:
-        loaded.embax_use_huge_pages(1)
-    return loaded is not None
+    advise = getattr(library(), "embax_use_huge_pages", None)
+    if advise is not None:
+        advise(1)
+    return advise is not None
 
 
 def native_calls() -> tuple[str, ...]:

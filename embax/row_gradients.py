@@ -24,8 +24,8 @@ class RowGradients:
     """The gradient of a ``[vocabulary_size, embedding_dim]`` table whose other rows are zero.
 
     Attributes:
-      rows: int32 ``[capacity]``: unique and rising, filled up with ``vocabulary_size``. (What an update makes of rows that
-        are not unique depends on the backend: ``merge_row_gradients`` makes them so.)
+      rows: int32 ``[capacity]``: unique and rising, filled up with ``vocabulary_size``. (What an update makes of rows
+        that are not unique depends on the backend: ``merge_row_gradients`` makes them so.)
       values: float ``[capacity, embedding_dim]``: zero where there is no row.
       vocabulary_size: rows of the table (static).
     """

@@ -66,7 +66,7 @@ for dtype in ("float32", "bfloat16", "float16"):
             hyper = (optimizer.modifiers(2), optimizer.hyperparameters(2))
             parts = (state.table, *state.slots)
             note(*calls.update(optimizer.kernel_name(), parts, found, acts, (acts,), hyper))
-falling = jnp.asarray(rng.integers(-5, 50_005, 2501), jnp.int32)  # no batch has such offsets; the bits hold all the same
+falling = jnp.asarray(rng.integers(-5, 50_005, 2501), jnp.int32)  # no batch has such offsets
 note(*calls.row_gradients(calls.Occurrences(found.ids, falling), acts, (acts,), 3000))
 print(native.vector_width(), digest.hexdigest())
 """

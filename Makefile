@@ -52,6 +52,7 @@ wheels: .venv/test.stamp
 	rm -rf build/wheel dist
 	.venv/bin/python -m build --wheel --outdir build/wheel
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	.venv/bin/python -m pip install --quiet ziglang
 	PYTHON=.venv/bin/python scripts/zig_wheels.sh dist $(ZIG_TARGETS)
 
 wheel-check:

@@ -73,7 +73,7 @@ ffi::Error row_products(ffi::ThreadPool pool, ffi::AnyBuffer table_buffer, IntVe
   const Ids ids{ids_buffer.typed_data(), offsets.typed_data(), nullptr, capacity, samples, nullptr};
   std::unique_ptr<int32_t[]> sample_of(new int32_t[capacity]);
   std::fill(sample_of.get(), sample_of.get() + capacity, -1);
-  visit_present(ids, table.rows, 0, capacity,
+  visit_present(ids, table.rows,
                 [&](int64_t place, int64_t sample, int64_t) { sample_of[place] = static_cast<int32_t>(sample); });
   const RowProducts work{table,           ids,  sample_of.get(), gradients.data,
                          gradients.dtype, levels.size() == 3 ? levels.begin() : nullptr, out->typed_data()};

@@ -1,41 +1,41 @@
 // The occurrences of rows in a batch, sorted by row: what every step and every sparse gradient is made of.
 //
-// An entry is row << 32 | place. The sort is by row alone, least significant digit first, and stable, so the places of a
-// row stay in their order; its outcome does not depend on the number of threads. The first pass reads the ids themselves:
-// nothing is stored unsorted. Scratch: two entries of 8 bytes an id, 4 bytes more with gains, and the digits' counts, at
-// most 512 KiB.
+// An entry is row << 32 | place. They are sorted by row alone, so the places of a row stay in their order; the outcome does
+// not depend on the number of threads. Scratch: 12 bytes an id, 16 where a row and a place have more than 32 bits beside
+// a digit, 4 bytes more with gains.
 
 #ifndef EMBAX_CSRC_OCCURRENCES_H_
 #define EMBAX_CSRC_OCCURRENCES_H_
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "portable.h"
+#include "radix.h"
 #include "scratch.h"
 
 namespace embax {
 
-// Calls visit(place, sample, row) for every id that is present among the positions [first, last), each at most once.
-// Offsets and samples may be anything: nothing outside the arrays is read.
+// Calls visit(place, sample, row) for every id that is present, from the front, each at most once. Offsets and samples may
+// be anything: nothing outside the arrays is read.
 template <typename Visit>
-void visit_present(const Ids& ids, int64_t rows, int64_t first, int64_t last, const Visit& visit) {
+void visit_present(const Ids& ids, int64_t rows, const Visit& visit) {
   const auto present = [&](int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(rows); };
   if (ids.offsets == nullptr) {
-    for (int64_t j = first; j < last; ++j) {
+    for (int64_t j = 0; j < ids.capacity; ++j) {
       const int64_t row = ids.ids[j], sample = ids.sample_of == nullptr ? j : ids.sample_of[j];
       if (present(row) && static_cast<uint64_t>(sample) < static_cast<uint64_t>(ids.samples)) visit(j, sample, row);
     }
     return;
   }
-  const int32_t* owner = std::upper_bound(ids.offsets, ids.offsets + ids.samples + 1, first);
-  int64_t sample = std::max<int64_t>(0, owner - ids.offsets - 1), at = first;
-  for (; sample < ids.samples && at < last; ++sample) {
+  for (int64_t sample = 0, at = 0; sample < ids.samples && at < ids.capacity; ++sample) {
     const int64_t begin = std::max<int64_t>(at, ids.offsets[sample]);
-    const int64_t end = std::min<int64_t>(last, ids.offsets[sample + 1]);
+    const int64_t end = std::min<int64_t>(ids.capacity, ids.offsets[sample + 1]);
     for (int64_t j = begin; j < end; ++j) {
       if (present(ids.ids[j])) visit(j, sample, ids.ids[j]);
     }
@@ -43,61 +43,133 @@ void visit_present(const Ids& ids, int64_t rows, int64_t first, int64_t last, co
   }
 }
 
+// The ids of a batch that are present, chunk by chunk, for RadixSort.
+class PresentIds {
+ public:
+  // With `sample_of`, an entry's place is the position of the id, whose sample goes there, else it is the sample.
+  PresentIds(const Ids& ids, int64_t rows, int32_t* sample_of, int64_t chunks)
+      : ids_(ids), rows_(static_cast<uint64_t>(rows)), sample_of_(sample_of), chunks_(chunks), last_(ids.capacity) {
+    // Rising offsets give every position between the first and the last of them to one sample.
+    if (ids.offsets != nullptr) first_ = bound(ids.offsets[0]), last_ = bound(ids.offsets[ids.samples]);
+  }
+
+  int64_t chunks() const { return chunks_; }
+
+  // What a loop over ids reads is copied first: the compiler would fetch it anew after every entry that is stored.
+  template <typename Use>
+  EMBAX_INLINE void rows(int64_t chunk, const Use given) const {
+    const Use use = given;
+    const int64_t last = edge(chunk + 1);
+    const int32_t* ids = ids_.ids;
+    const uint64_t rows = rows_;
+    if (ids_.offsets == nullptr) return own(chunk, [=](int64_t, uint32_t row, int64_t) { use(row); });
+    for (int64_t j = edge(chunk); j < last; ++j) {
+      if (is_below(ids[j], rows)) use(static_cast<uint32_t>(ids[j]));
+    }
+  }
+
+  template <typename Use>
+  EMBAX_INLINE void entries(int64_t chunk, const Use given) const {
+    const Use use = given;
+    if (int32_t* const sample_of = sample_of_) {
+      each(chunk, [=](int64_t j, uint32_t row, int64_t sample) {
+        sample_of[j] = static_cast<int32_t>(sample);
+        use(row, static_cast<uint32_t>(j));
+      });
+    } else {
+      each(chunk, [=](int64_t, uint32_t row, int64_t sample) { use(row, static_cast<uint32_t>(sample)); });
+    }
+  }
+
+ private:
+  static bool is_below(int64_t number, uint64_t bound) { return static_cast<uint64_t>(number) < bound; }
+  int64_t bound(int64_t offset) const { return std::clamp<int64_t>(offset, 0, ids_.capacity); }
+  int64_t edge(int64_t chunk) const { return first_ + (last_ - first_) * chunk / chunks_; }
+
+  template <typename Use>
+  EMBAX_INLINE void each(int64_t chunk, const Use use) const {
+    if (ids_.offsets == nullptr) return own(chunk, use);
+    const int32_t *ids = ids_.ids, *offsets = ids_.offsets;
+    const uint64_t rows = rows_;
+    const int64_t last = edge(chunk + 1);
+    int64_t j = edge(chunk);
+    int64_t sample = std::upper_bound(offsets, offsets + ids_.samples + 1, j) - offsets - 1;
+    for (; j < last; ++sample) {
+      const int64_t end = std::min<int64_t>(last, offsets[sample + 1]);
+      for (; j < end; ++j) {
+        if (is_below(ids[j], rows)) use(j, static_cast<uint32_t>(ids[j]), sample);
+      }
+    }
+  }
+
+  // The same where ids say themselves whose they are.
+  template <typename Use>
+  EMBAX_INLINE void own(int64_t chunk, const Use use) const {
+    const int32_t *ids = ids_.ids, *sample_of = ids_.sample_of;
+    const uint64_t rows = rows_, samples = static_cast<uint64_t>(ids_.samples);
+    const int64_t last = edge(chunk + 1);
+    for (int64_t j = edge(chunk); j < last; ++j) {
+      const int64_t sample = sample_of == nullptr ? j : sample_of[j];
+      if (is_below(ids[j], rows) && is_below(sample, samples)) use(j, static_cast<uint32_t>(ids[j]), sample);
+    }
+  }
+
+  const Ids& ids_;
+  const uint64_t rows_;
+  int32_t* const sample_of_;
+  const int64_t chunks_;
+  int64_t first_ = 0, last_;
+};
+
+// The bits that the numbers below `count` need.
+inline int bits_below(int64_t count) {
+  int bits = 1;
+  while (count > int64_t{1} << bits) ++bits;
+  return bits;
+}
+
 class Occurrences {
  public:
   // `places` tells what an entry's place is: the position of the id, else its sample.
   template <typename Pool>
-  Occurrences(Team<Pool>& team, const Ids& ids, int64_t rows, bool places)
-      : capacity_(ids.capacity),
-        chunks_(rising(ids) ? std::min(kMostChunks, team.threads()) : 1),
-        scratch_(static_cast<size_t>(capacity_) * (places ? 20 : 16)) {
-    buffers_[0] = reinterpret_cast<uint64_t*>(scratch_.data());
-    buffers_[1] = buffers_[0] + capacity_;
-    if (places) sample_of_ = reinterpret_cast<int32_t*>(buffers_[1] + capacity_);
-    const auto visit_chunk = [&](int64_t chunk, const auto& use) {
-      visit_present(ids, rows, capacity_ * chunk / chunks_, capacity_ * (chunk + 1) / chunks_, use);
-    };
-    const auto entry = [&](int64_t place, int64_t sample, int64_t row) {
-      if (places) sample_of_[place] = static_cast<int32_t>(sample);
-      return static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(places ? place : sample);
-    };
-    const bool sorted = ids.offsets == nullptr && ids.sample_of == nullptr && std::is_sorted(ids.ids, ids.ids + capacity_);
-    if (capacity_ <= kSmall || sorted) {
-      visit_present(ids, rows, 0, capacity_, [&](int64_t place, int64_t sample, int64_t row) {
-        buffers_[0][count_++] = entry(place, sample, row);
-      });
-      if (sorted) return;
-      std::stable_sort(buffers_[0], buffers_[0] + count_, [](uint64_t a, uint64_t b) { return a >> 32 < b >> 32; });
+  Occurrences(Team<Pool>& team, const Ids& given, int64_t rows, bool places) {
+    const int64_t capacity = given.capacity, room = capacity + (capacity & 1);
+    Ids ids = given;
+    std::vector<int32_t> owners;
+    if (!rising(ids)) ids = with_owners(ids, rows, owners);
+    const int64_t chunks = std::clamp<int64_t>(capacity / kSmallestChunk, 1, std::min(kMostChunks, team.threads()));
+    const int bits = bits_below(rows), place_bits = bits_below(places ? capacity : ids.samples);
+    const Digits digits = Digits::cheapest(capacity, bits, chunks);
+    using Sort = RadixSort<Pool, PresentIds>;
+    const bool narrow = Sort::fits_narrow(digits, bits, place_bits);
+
+    scratch_.emplace(static_cast<size_t>(room) * (narrow ? 12 : 16) + static_cast<size_t>(places ? room * 4 : 0));
+    uint64_t* first = reinterpret_cast<uint64_t*>(scratch_->data());
+    uint64_t* second = first + room;
+    int32_t* sample_of = nullptr;
+    if (places) sample_of = reinterpret_cast<int32_t*>(scratch_->data() + room * (narrow ? 12 : 16));
+    entries_ = first;
+    sample_of_ = sample_of;
+
+    const bool sorted = ids.offsets == nullptr && ids.sample_of == nullptr && std::is_sorted(ids.ids, ids.ids + capacity);
+    if (capacity <= kSmall || sorted) {
+      const PresentIds all(ids, rows, sample_of, 1);
+      all.entries(0, [&](uint32_t row, uint32_t place) { first[count_++] = uint64_t{row} << 32 | place; });
+      if (!sorted) std::stable_sort(first, first + count_, [](uint64_t a, uint64_t b) { return a >> 32 < b >> 32; });
       return;
     }
-    int bits = 1;
-    while (bits < 31 && (rows - 1) >> bits) ++bits;
-    const int widest = capacity_ < 8192 ? 8 : 11;
-    const int passes = (bits + widest - 1) / widest;
-    const int width = (bits + passes - 1) / passes;
-    counts_.resize(static_cast<size_t>(chunks_) << width);
-
-    count_ = pass(team, 0, width, buffers_[0],
-                  [&](int64_t chunk, const auto& put) {
-                    visit_chunk(chunk, [&](int64_t, int64_t, int64_t row) { put(static_cast<uint64_t>(row) << 32); });
-                  },
-                  [&](int64_t chunk, const auto& put) {
-                    visit_chunk(chunk, [&](int64_t place, int64_t sample, int64_t row) {
-                      put(entry(place, sample, row));
-                    });
-                  });
-    for (int digit = 1; digit < passes; ++digit) {
-      const uint64_t* from = buffers_[0];
-      const auto read = [this, from](int64_t chunk, const auto& put) {
-        const int64_t last = count_ * (chunk + 1) / chunks_;
-        for (int64_t i = count_ * chunk / chunks_; i < last; ++i) put(from[i]);
-      };
-      pass(team, digit * width, width, buffers_[1], read, read);
-      std::swap(buffers_[0], buffers_[1]);
+    const PresentIds source(ids, rows, sample_of, chunks);
+    Sort sort(team, source, digits);
+    if (narrow) {
+      count_ = sort.sort_narrow(reinterpret_cast<uint32_t*>(second), first, place_bits);
+    } else {
+      std::pair<uint64_t*, uint64_t*> buffers(first, second);
+      count_ = sort.sort_wide(buffers);
+      entries_ = buffers.first;
     }
   }
 
-  const uint64_t* entries() const { return buffers_[0]; }
+  const uint64_t* entries() const { return entries_; }
   int64_t count() const { return count_; }
   const int32_t* sample_of() const { return sample_of_; }
 
@@ -123,44 +195,23 @@ class Occurrences {
   // Up to here a comparison sort is faster than counting digits.
   static constexpr int64_t kSmall = 128;
   // A chunk for each thread. More of them would write to the same lines of memory: those of one digit lie side by side.
-  static constexpr int64_t kMostChunks = 64;
+  static constexpr int64_t kMostChunks = 64, kSmallestChunk = 4096;
 
-  // Where offsets fall, whose an id is depends on where the reading begins: one chunk, then, for any number of threads.
   static bool rising(const Ids& ids) {
     return ids.offsets == nullptr || std::is_sorted(ids.offsets, ids.offsets + ids.samples + 1);
   }
 
-  // Moves the entries that `read` gives to `to`, ordered by `width` bits of the row from `shift` on; returns how many.
-  // `count_read` gives entries with the same rows in the same order.
-  template <typename Pool, typename CountRead, typename Read>
-  int64_t pass(Team<Pool>& team, int shift, int width, uint64_t* to, const CountRead& count_read, const Read& read) {
-    const int64_t buckets = int64_t{1} << width;
-    const uint64_t mask = static_cast<uint64_t>(buckets - 1);
-    const int low = 32 + shift;
-    team.run(chunks_, [&](int64_t chunk) {
-      int32_t* counts = counts_.data() + chunk * buckets;
-      std::fill(counts, counts + buckets, 0);
-      count_read(chunk, [=](uint64_t entry) { ++counts[entry >> low & mask]; });
-    });
-    int32_t total = 0;
-    for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        total += std::exchange(counts_[static_cast<size_t>(chunk * buckets + bucket)], total);
-      }
-    }
-    team.run(chunks_, [&](int64_t chunk) {
-      int32_t* places = counts_.data() + chunk * buckets;
-      read(chunk, [=](uint64_t entry) { to[places[entry >> low & mask]++] = entry; });
-    });
-    return total;
+  // Where offsets fall, whose an id is depends on where the reading begins: it is found out once, from the front.
+  static Ids with_owners(const Ids& ids, int64_t rows, std::vector<int32_t>& owners) {
+    owners.assign(static_cast<size_t>(ids.capacity), -1);
+    visit_present(ids, rows, [&](int64_t j, int64_t sample, int64_t) { owners[static_cast<size_t>(j)] = static_cast<int32_t>(sample); });
+    return {ids.ids, nullptr, ids.gains, ids.capacity, ids.samples, owners.data()};
   }
 
-  const int64_t capacity_, chunks_;
+  std::optional<Scratch> scratch_;
+  const uint64_t* entries_ = nullptr;
+  const int32_t* sample_of_ = nullptr;
   int64_t count_ = 0;
-  Scratch scratch_;
-  uint64_t* buffers_[2];
-  int32_t* sample_of_ = nullptr;
-  std::vector<int32_t> counts_;
 };
 
 }  // namespace embax

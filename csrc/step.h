@@ -216,7 +216,7 @@ struct StepAhead {
   EMBAX_INLINE void ask(const Step& work, int64_t entry) const {
     if (entry >= work.count) return;
     const int64_t row = row_at(work, entry);
-    if (row != row_at(work, entry - 1)) {
+    {
       table.ask(row);
       if constexpr (Optimizer::kElementSlots > 0) slot0.ask(row);
       if constexpr (Optimizer::kElementSlots > 1) slot1.ask(row);

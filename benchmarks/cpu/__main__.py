@@ -9,13 +9,13 @@ CPU; and the limit, plain C++ loops that read the rows, or read and write them, 
 Before anything is timed, all of them are compared on small tables. A contender that is not installed, or that has no
 such optimizer, or no memory, is left out, and the reason is printed. Linux only.
 
-A step is forward, backward and optimizer, with a loss that is linear in the activations. embax's is one donated
-jitted step on a preprocessed batch; preprocessing is timed apart. torch and FBGEMM start their backward from the
-gradient of the activations, without computing the loss. Every workload and optimizer is measured in a process of its
-own, which has one or two cores before anything is imported; different kinds of ids follow each other there. Contenders
-take turns of consecutive steps, each turn on other batches than the one before; the first step of a turn and the whole
-first turn are not counted; figures are medians. All contenders of a process train the same memory, embax's arrays
-(``memory``), and run under the same allocator setting; workloads marked "default allocator" run without it.
+A step is forward, backward from a given gradient of the activations, and optimizer; it gives the activations. embax's
+is one donated jitted step on a preprocessed batch; preprocessing is timed apart. Every workload and optimizer is
+measured in a process of its own, which has one or two cores before anything is imported; different kinds of ids follow
+each other there. Contenders take turns of consecutive steps, each turn on other batches than the one before; the first
+step of a turn and the whole first turn are not counted; figures are medians. All contenders of a process train the same
+memory, embax's arrays (``memory``), and run under the same allocator setting; workloads marked "default allocator" run
+without it.
 """
 
 import argparse

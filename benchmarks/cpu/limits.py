@@ -1,9 +1,10 @@
 """The limits of this machine's memory, measured on the contenders' own tables by plain loops with prefetch.
 
-Forward: every row of the batch is read and summed. Step: besides, each distinct row is read and written once in the
+Forward: every row of the batch is read and summed. Step: besides, the time to read and write each distinct row once in the
 table and in every slot array as wide as the table: one for SGD and row-wise Adagrad (whose slot is one number for each
-row, not counted), two for Adagrad, three for Adam. Rows below 64 bytes: one 64-byte line for each distinct row, read
-for the forward, and read and written once more for the step, whatever the slots.
+row, not counted), two for Adagrad, three for Adam. The two are measured on batches that are far apart, so that neither
+finds the other's rows in a cache. Rows below 64 bytes: one 64-byte line for each distinct row, read for the forward, and
+read and written once more for the step, whatever the slots.
 """
 
 import ctypes
@@ -91,7 +92,7 @@ class Limit:
 
     def step(self, index: int) -> None:
         self.forward(index)
-        rows = self.written[index]
+        rows = self.written[(index + len(self.written) // 2) % len(self.written)]
         arrays = self.memory.views()
         for array in arrays[:1] if self.narrow else [a for a in arrays if a.shape == arrays[0].shape]:
             arguments = (len(rows), self.width, 0.0, self.threads)

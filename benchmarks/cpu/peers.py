@@ -1,7 +1,6 @@
 """The contenders in torch: EmbeddingBag with torch.optim, and FBGEMM's fused table-batched bags.
 
-Both read and train embax's memory (see ``memory``): they are made without rows of their own, and bound to it. Their
-backward starts from the gradient of the activations itself, which spares them the loss.
+Both read and train embax's memory (see ``memory``): they are made without rows of their own, and bound to it.
 """
 
 import logging

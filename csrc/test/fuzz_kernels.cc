@@ -114,7 +114,7 @@ void look_up(Bytes& bytes, const Kernels& copy, const Rows& table, const Batch& 
   }
   Array<int32_t> sample_of(capacity);
   std::fill(sample_of.begin(), sample_of.end(), -1);
-  visit_present(batch.view, table.rows, 0, capacity,
+  visit_present(batch.view, table.rows,
                 [&](int64_t place, int64_t sample, int64_t) { sample_of[place] = static_cast<int32_t>(sample); });
   Array<float> products(capacity);
   copy.row_products({table, batch.view, sample_of.data(), out.data(), out_dtype, asked, products.data()}, 0, capacity);

@@ -1,8 +1,8 @@
 """The contenders in JAX: embax, embax's reference backend, and flax + optax with dense gradients.
 
 A contender has ``prepare(batches)``, ``forward(index)``, ``step(index)`` and ``rebind()``; ``outputs(index)`` gives the
-activations for the check that all of them compute the same. A step gives the activations, and changes the rows by a given
-gradient of them: what a loss costs is the same for everybody, and left out.
+activations for the check that all of them compute the same. A step gives the activations, and changes the rows by a
+given gradient of them: what a loss costs is the same for everybody, and left out.
 """
 
 import functools

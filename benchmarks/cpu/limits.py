@@ -1,10 +1,10 @@
 """The limits of this machine's memory, measured on the contenders' own tables by plain loops with prefetch.
 
-Forward: every row of the batch is read and summed. Step: besides, the time to read and write each distinct row once in the
-table and in every slot array as wide as the table: one for SGD and row-wise Adagrad (whose slot is one number for each
-row, not counted), two for Adagrad, three for Adam. The two are measured on batches that are far apart, so that neither
-finds the other's rows in a cache. Rows below 64 bytes: one 64-byte line for each distinct row, read for the forward, and
-read and written once more for the step, whatever the slots.
+Forward: every row of the batch is read and summed. Step: besides, the time to read and write each distinct row once in
+the table and in every slot array as wide as the table: one for SGD and row-wise Adagrad (whose slot is one number for
+each row, not counted), two for Adagrad, three for Adam. The two are measured on batches that are far apart, so that
+neither finds the other's rows in a cache. Rows below 64 bytes: one 64-byte line for each distinct row, read for the
+forward, and read and written once more for the step, whatever the slots.
 """
 
 import ctypes

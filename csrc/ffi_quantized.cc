@@ -1,6 +1,7 @@
 // XLA FFI binding of the lookups in quantized rows: gather and pool, and rows one by one.
 
 #include "ffi_common.h"
+#include "huge_pages.h"
 
 namespace embax {
 namespace {
@@ -56,6 +57,7 @@ ffi::Error quantized_pool(ffi::ThreadPool pool, ByteMatrix data, IntVector ids_b
   if (first.back() != ids.samples) return invalid("quantized_pool: the results must hold all samples");
   for (QuantizedPool& work : works) work.streams = streams_quantized(bytes, work.dim, bits, work.out_dtype);
 
+  advise_table(data.typed_data(), static_cast<size_t>(data.dimensions()[0] * width));
   Team<ffi::ThreadPool> team(pool, std::max(ids.capacity, ids.samples));
   team.run_ranges(ids.samples, 1, [&](int64_t begin, int64_t end) {
     size_t work = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;

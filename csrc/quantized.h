@@ -30,12 +30,6 @@ EMBAX_INLINE const uint8_t* quantized_row(const QuantizedPool& work, int64_t id)
   return work.data + id * work.width;
 }
 
-EMBAX_INLINE void prefetch_quantized(const QuantizedPool& work, int64_t j) {
-  if (j >= work.ids.capacity) return;
-  const uint8_t* row = quantized_row(work, work.ids.ids[j]);
-  if (row != nullptr) Ahead(work.data, work.width).ask_at(reinterpret_cast<const char*>(row));
-}
-
 // The codes of `width` bytes as float32: of whole bytes (bits 8), of their lower halves, or of their upper halves.
 enum class Half { kWhole, kLower, kUpper };
 
@@ -93,10 +87,11 @@ EMBAX_INLINE void add_codes(const uint8_t* codes, float factor, float* total) {
 
 // Sums the columns of `width` bytes of codes, from byte `place` on, over the positions [begin, end).
 template <int bits, int width, bool gained>
-EMBAX_INLINE void pool_codes(const QuantizedPool& work, int64_t begin, int64_t end, int64_t place, void* out) {
+EMBAX_INLINE void pool_codes(const QuantizedPool& work, IdsAhead& ahead, int64_t begin, int64_t end, int64_t place,
+                             void* out) {
   float low[width] = {}, high[width] = {}, bias_total = 0;
   for (int64_t j = begin; j < end; ++j) {
-    if (place == 0) prefetch_quantized(work, j + 48);
+    if (place == 0) ahead.ask_block(j);
     const uint8_t* row = quantized_row(work, work.ids.ids[j]);
     if (row == nullptr) {
       if (work.ids.offsets == nullptr) bias_total = __builtin_nanf("");
@@ -125,24 +120,26 @@ EMBAX_INLINE void pool_codes(const QuantizedPool& work, int64_t begin, int64_t e
 }
 
 template <int bits, bool gained>
-EMBAX_INLINE void pool_quantized_sample(const QuantizedPool& work, int64_t begin, int64_t end, void* out) {
+EMBAX_INLINE void pool_quantized_sample(const QuantizedPool& work, IdsAhead& ahead, int64_t begin, int64_t end, void* out) {
   // As many totals as f32 rows have: they stay in registers.
   constexpr int largest = bits == 8 ? 64 : 32;
   const int64_t whole = bits == 8 ? work.dim : work.dim / 2;
   for_strips<largest>(whole, [&](auto width, int64_t place) {
-    pool_codes<bits, decltype(width)::value, gained>(work, begin, end, place, out);
+    pool_codes<bits, decltype(width)::value, gained>(work, ahead, begin, end, place, out);
   });
-  if (bits == 4 && work.dim % 2) pool_codes<bits, 1, gained>(work, begin, end, whole, out);
+  if (bits == 4 && work.dim % 2) pool_codes<bits, 1, gained>(work, ahead, begin, end, whole, out);
 }
 
 template <int bits, bool gained>
 void quantized_pool_as(const QuantizedPool& work, int64_t first, int64_t last) {
   const int64_t out_bytes = work.dim * kDtypeSize[static_cast<int>(work.out_dtype)];
+  const bool lone = work.ids.offsets == nullptr;
+  const int64_t front = lone ? first : clamped(work.ids.offsets[first], work.ids.capacity);
+  IdsAhead ahead(Ahead(work.data, work.width), work.ids, work.rows, front);
   for (int64_t sample = first; sample < last; ++sample) {
-    const bool lone = work.ids.offsets == nullptr;
-    const int64_t begin = lone ? sample : clamped_offset(work.ids, sample);
-    const int64_t end = lone ? sample + 1 : clamped_offset(work.ids, sample + 1);
-    pool_quantized_sample<bits, gained>(work, begin, end, static_cast<char*>(work.out) + sample * out_bytes);
+    const int64_t begin = lone ? sample : clamped(work.ids.offsets[sample], work.ids.capacity);
+    const int64_t end = lone ? sample + 1 : clamped(work.ids.offsets[sample + 1], work.ids.capacity);
+    pool_quantized_sample<bits, gained>(work, ahead, begin, end, static_cast<char*>(work.out) + sample * out_bytes);
   }
 #if defined(__AVX2__)
   if (work.streams) _mm_sfence();  // streamed lines are seen by whoever is told that this is done

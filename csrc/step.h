@@ -202,32 +202,57 @@ EMBAX_INLINE void step_row(const Step& work, const Constants<Optimizer>& c, int6
   });
 }
 
+// Entries between asking memory for a row and using it.
+EMBAX_INLINE int64_t step_distance(int64_t dim) { return dim <= 16 ? 32 : dim >= 128 ? 12 : 20; }
+
 // The arrays that a step reads by row, and the gradients.
 template <typename Optimizer, typename T>
 struct StepAhead {
   Ahead table, slot0, slot1, gradient;
+  int64_t distance;  // entries between asking memory for a row, its slots and its gradient, and using them
+  int64_t block;     // entries to ask for at once, the first line of each to begin with: see IdsAhead
 
   EMBAX_INLINE explicit StepAhead(const Step& work)
       : table(work.table, work.dim * static_cast<int64_t>(sizeof(T))),
         slot0(work.slots[0], work.dim * 4),
         slot1(work.slots[1], work.dim * 4),
-        gradient(nullptr, work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)]) {}
+        gradient(nullptr, work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)]),
+        distance(step_distance(work.dim)),
+        block(kBlockBytes / (table.bytes + Optimizer::kElementSlots * slot0.bytes)) {
+    // A block of a few long rows only makes what is in use wait.
+    block = block < 8 ? 1 : block > 16 ? 16 : block;
+  }
 
+  EMBAX_INLINE void ask_first_lines(int64_t row) const {
+    EMBAX_PREFETCH(table.data + row * table.bytes);
+    if constexpr (Optimizer::kElementSlots > 0) EMBAX_PREFETCH(slot0.data + row * slot0.bytes);
+    if constexpr (Optimizer::kElementSlots > 1) EMBAX_PREFETCH(slot1.data + row * slot1.bytes);
+  }
+
+  // For every entry, though neighbours may have the same row: to find out costs more than to ask twice.
   EMBAX_INLINE void ask(const Step& work, int64_t entry) const {
-    if (entry >= work.count) return;
     const int64_t row = row_at(work, entry);
-    {
-      table.ask(row);
-      if constexpr (Optimizer::kElementSlots > 0) slot0.ask(row);
-      if constexpr (Optimizer::kElementSlots > 1) slot1.ask(row);
-      if constexpr (Optimizer::kRowSlot) EMBAX_PREFETCH(work.slots[Optimizer::kElementSlots] + row);
-    }
+    table.ask(row);
+    if constexpr (Optimizer::kElementSlots > 0) slot0.ask(row);
+    if constexpr (Optimizer::kElementSlots > 1) slot1.ask(row);
+    if constexpr (Optimizer::kRowSlot) EMBAX_PREFETCH(work.slots[Optimizer::kElementSlots] + row);
     if (work.gradients.far) gradient.ask_at(gradient_of(work, place_at(work, entry), gradient.bytes));
   }
-};
 
-// Entries between asking memory for a row, its slots and its gradient, and using them: about 4 KiB of them.
-EMBAX_INLINE int64_t step_ahead(int64_t dim) { return dim <= 16 ? 32 : dim >= 128 ? 12 : 20; }
+  // Asks for the entries from `asked` to `distance` beyond `next`; returns how far it came.
+  EMBAX_INLINE int64_t ask_until(const Step& work, int64_t asked, int64_t next) const {
+    if (asked >= next + distance) return asked;
+    const int64_t whole = next + distance + block - 1, end = whole < work.count ? whole : work.count;
+    if (block > 1) {
+      for (int64_t entry = asked; entry < end; ++entry) ask_first_lines(row_at(work, entry));
+    }
+    for (; asked < end; ++asked) ask(work, asked);
+    return asked;
+  }
+
+ private:
+  static constexpr int64_t kBlockBytes = 4096;
+};
 
 template <typename Optimizer, typename T>
 void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_t) {
@@ -239,13 +264,12 @@ void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_
                                work.clip_norm < __builtin_inff(),
                                work.clip_norm < __builtin_inff() || work.l2 != 0 || work.decay != 0,
                                work.stochastic};
-  const int64_t distance = step_ahead(c.dim);
   const StepAhead<Optimizer, T> ahead(work);
   int64_t begin = first, asked = first + 1;
   while (begin < last && begin > 0 && row_at(work, begin) == row_at(work, begin - 1)) ++begin;  // another's run
   while (begin < last) {
     const int64_t end = run_end(work, begin);
-    for (; asked < end + distance; ++asked) ahead.ask(work, asked);
+    asked = ahead.ask_until(work, asked, end);
     step_row<Optimizer, T>(work, c, row_at(work, begin), row_gradient(work, begin, end, sum));
     begin = end;
   }
@@ -256,7 +280,7 @@ inline void sum_rows(const Step& work, int64_t first, int64_t last, float* sum, 
   int64_t begin = first;
   const Ahead gradients(nullptr, work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)]);
   const int64_t out_bytes = work.dim * kDtypeSize[static_cast<int>(work.out_dtype)];
-  const int64_t ahead = step_ahead(work.dim);
+  const int64_t ahead = step_distance(work.dim);
   int64_t asked = first + 1;
   while (begin < last && begin > 0 && row_at(work, begin) == row_at(work, begin - 1)) ++begin;
   for (; begin < last; ++rank) {

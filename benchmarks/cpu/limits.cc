@@ -15,22 +15,44 @@ constexpr int64_t kChunk = 2048;  // ids
 // Ids between asking for a row and reading it; into the second cache, which was the faster hint by a quarter.
 inline int64_t ahead(int64_t dim) { return dim <= kLine ? 32 : 48; }
 
-inline void prefetch_row(const float* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 0, 2);
-}
+// Asks for rows, 16 at a time where their lines have room: the first line of each to begin with, for a request waits for
+// the address of its page, and the waits of neighbours overlap.
+class Ahead {
+ public:
+  Ahead(const float* table, const int32_t* ids, int64_t first, int64_t total, int64_t dim)
+      : table_(table), ids_(ids), total_(total), dim_(dim), asked_(first) {}
+
+  void to(int64_t i) {
+    if (i + ahead(dim_) < asked_) return;
+    const int64_t end = std::min(total_, asked_ + kTogether);
+    for (int64_t k = asked_; k < end; ++k) __builtin_prefetch(table_ + ids_[k] * dim_, 0, 2);
+    for (int64_t k = asked_; k < end; ++k) {
+      for (int64_t d = kLine; d < dim_; d += kLine) __builtin_prefetch(table_ + ids_[k] * dim_ + d, 0, 2);
+    }
+    asked_ += kTogether;
+  }
+
+ private:
+  static constexpr int64_t kTogether = 16;
+  const float* const table_;
+  const int32_t* const ids_;
+  const int64_t total_, dim_;
+  int64_t asked_;
+};
 
 // out[bag] = sum of the bag's rows, for bags first .. last - 1. kDim is 0 where it is not known at compile time.
 template <int kDim>
 void gather_bags(const float* table, const int32_t* ids, int64_t first, int64_t last, int64_t total, int64_t valency,
                  int64_t dim_, float* out) {
   const int64_t dim = kDim ? kDim : dim_;
+  Ahead asked(table, ids, first * valency, total, dim);
   for (int64_t bag = first; bag < last; ++bag) {
     float* target = out + bag * dim;
     float sums[kDim ? kDim : 1];
     float* to = kDim ? sums : target;
     for (int64_t d = 0; d < dim; ++d) to[d] = 0.0f;
     for (int64_t i = bag * valency; i < (bag + 1) * valency; ++i) {
-      if (i + ahead(dim) < total) prefetch_row(table + ids[i + ahead(dim)] * dim, dim);
+      asked.to(i);
       const float* row = table + ids[i] * dim;
       for (int64_t d = 0; d < dim; ++d) to[d] += row[d];
     }
@@ -42,8 +64,9 @@ template <int kDim>
 void add_to_rows(float* table, const int32_t* ids, int64_t first, int64_t last, int64_t total, int64_t dim_,
                  float value) {
   const int64_t dim = kDim ? kDim : dim_;
+  Ahead asked(table, ids, first, total, dim);
   for (int64_t i = first; i < last; ++i) {
-    if (i + ahead(dim) < total) prefetch_row(table + ids[i + ahead(dim)] * dim, dim);
+    asked.to(i);
     float* row = table + ids[i] * dim;
     for (int64_t d = 0; d < dim; ++d) row[d] += value;
   }

@@ -55,20 +55,21 @@ struct IdsAhead {
     if (j < capacity && has(ids[j])) ahead.ask(ids[j]);
   }
 
-  // Where rows are summed and little is written, a block of rows at a time, the first line of each to begin with: they wait
-  // for the addresses of their pages, and do so together. It halves the time of a gather.
+  // Where rows are summed and little is written, a block of rows at a time, the first line of each to begin with: they
+  // wait for the addresses of their pages, and do so together. It halves the time of a gather.
   EMBAX_INLINE void ask_block(int64_t j) {
     if (j + ahead.places < asked) return;
-    const int64_t end = asked + kTogether < capacity ? asked + kTogether : capacity;
+    const int64_t together = ahead.bytes > kShort ? 16 : 32;
+    const int64_t end = asked + together < capacity ? asked + together : capacity;
     for (int64_t i = asked; i < end; ++i) {
       if (has(ids[i])) EMBAX_PREFETCH(ahead.data + ids[i] * ahead.bytes);
     }
-    for (int64_t i = asked; i < end; ++i) ask_one(i);
-    asked += kTogether;
+    for (int64_t i = asked; i < end && !ahead.one_line(); ++i) ask_one(i);
+    asked += together;
   }
 
  private:
-  static constexpr int64_t kTogether = 16;
+  static constexpr int64_t kShort = 2 * kCacheLine;
 };
 
 // Rounds to levels: {low, high, width}; half goes to the even level.
@@ -108,7 +109,7 @@ EMBAX_INLINE void write_strip(Dtype dtype, bool streams, const Strip<width>& fro
   store_as<width>(dtype, from, to, column);
 }
 
-// A lookup as its inner loop wants it: copied, for the compiler cannot tell that a row that is written does not change it.
+// A lookup as its inner loop wants it: copied, for the compiler cannot tell that writing a row does not change it.
 template <bool gained_, bool levelled_, typename T>
 struct Pooling {
   static constexpr bool gained = gained_, levelled = levelled_;
@@ -304,10 +305,11 @@ EMBAX_INLINE float sum_in_lanes(int64_t dim, const Term& term) {
     memcpy(terms, &values, sizeof terms);
     for (int d = 0; d < n; ++d) lanes[at + d] += terms[d];
   });
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int d = 0; d < half; ++d) lanes[d] += lanes[d + half];
-  }
-  return lanes[0];
+  // Lane d and lane d + half, for halves of 8, 4, 2 and 1.
+  float eight[8], four[4];
+  for (int d = 0; d < 8; ++d) eight[d] = lanes[d] + lanes[d + 8];
+  for (int d = 0; d < 4; ++d) four[d] = eight[d] + eight[d + 4];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 template <typename T>

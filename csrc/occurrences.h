@@ -1,8 +1,8 @@
 // The occurrences of rows in a batch, sorted by row: what every step and every sparse gradient is made of.
 //
-// An entry is row << 32 | place. They are sorted by row alone, so the places of a row stay in their order; the outcome does
-// not depend on the number of threads. Scratch: 12 bytes an id, 16 where a row and a place have more than 32 bits beside
-// a digit, 4 bytes more with gains.
+// An entry is row << 32 | place. They are sorted by row alone, so the places of a row stay in their order; the outcome
+// does not depend on the number of threads. Scratch: 12 bytes an id, 16 where a row and a place have more than 32 bits
+// beside a digit, 4 bytes more with gains.
 
 #ifndef EMBAX_CSRC_OCCURRENCES_H_
 #define EMBAX_CSRC_OCCURRENCES_H_
@@ -21,8 +21,8 @@
 
 namespace embax {
 
-// Calls visit(place, sample, row) for every id that is present, from the front, each at most once. Offsets and samples may
-// be anything: nothing outside the arrays is read.
+// Calls visit(place, sample, row) for every id that is present, from the front, each at most once. Offsets and samples
+// may be anything: nothing outside the arrays is read.
 template <typename Visit>
 void visit_present(const Ids& ids, int64_t rows, const Visit& visit) {
   const auto present = [&](int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(rows); };
@@ -151,7 +151,8 @@ class Occurrences {
     entries_ = first;
     sample_of_ = sample_of;
 
-    const bool sorted = ids.offsets == nullptr && ids.sample_of == nullptr && std::is_sorted(ids.ids, ids.ids + capacity);
+    const bool plain = ids.offsets == nullptr && ids.sample_of == nullptr;
+    const bool sorted = plain && std::is_sorted(ids.ids, ids.ids + capacity);
     if (capacity <= kSmall || sorted) {
       const PresentIds all(ids, rows, sample_of, 1);
       all.entries(0, [&](uint32_t row, uint32_t place) { first[count_++] = uint64_t{row} << 32 | place; });
@@ -204,7 +205,9 @@ class Occurrences {
   // Where offsets fall, whose an id is depends on where the reading begins: it is found out once, from the front.
   static Ids with_owners(const Ids& ids, int64_t rows, std::vector<int32_t>& owners) {
     owners.assign(static_cast<size_t>(ids.capacity), -1);
-    visit_present(ids, rows, [&](int64_t j, int64_t sample, int64_t) { owners[static_cast<size_t>(j)] = static_cast<int32_t>(sample); });
+    visit_present(ids, rows, [&](int64_t j, int64_t sample, int64_t) {
+      owners[static_cast<size_t>(j)] = static_cast<int32_t>(sample);
+    });
     return {ids.ids, nullptr, ids.gains, ids.capacity, ids.samples, owners.data()};
   }
 

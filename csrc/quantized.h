@@ -120,7 +120,8 @@ EMBAX_INLINE void pool_codes(const QuantizedPool& work, IdsAhead& ahead, int64_t
 }
 
 template <int bits, bool gained>
-EMBAX_INLINE void pool_quantized_sample(const QuantizedPool& work, IdsAhead& ahead, int64_t begin, int64_t end, void* out) {
+EMBAX_INLINE void pool_quantized_sample(const QuantizedPool& work, IdsAhead& ahead, int64_t begin, int64_t end,
+                                        void* out) {
   // As many totals as f32 rows have: they stay in registers.
   constexpr int largest = bits == 8 ? 64 : 32;
   const int64_t whole = bits == 8 ? work.dim : work.dim / 2;

@@ -180,7 +180,9 @@ class RadixSort {
       const Halves halves(count, chunk, chunks_);
       int32_t *const left = counts_.of(2 * chunk), *const right = counts_.of(2 * chunk + 1);
       counts_.clear(2 * chunk), counts_.clear(2 * chunk + 1);
-      for (int64_t i = halves.first, k = halves.middle; i < halves.middle; ++i, ++k) ++left[digit(i)], ++right[digit(k)];
+      for (int64_t i = halves.first, k = halves.middle; i < halves.middle; ++i, ++k) {
+        ++left[digit(i)], ++right[digit(k)];
+      }
       const int64_t rest = halves.middle + halves.size();
       if (rest < halves.last) ++right[digit(rest)];
     });

@@ -276,8 +276,9 @@ struct Ahead {
         straddles(row_bytes % kCacheLine != 0 &&
                   (row_bytes == 0 || kCacheLine % row_bytes != 0 || reinterpret_cast<uintptr_t>(array) % kCacheLine)) {}
 
+  EMBAX_INLINE bool one_line() const { return bytes <= kCacheLine && !straddles; }
   EMBAX_INLINE void ask(int64_t row) const { ask_at(data + row * bytes); }
-  // Few instructions: a request waits for the address of its page, and what is behind it in the processor waits with it, so
+  // Few instructions: a request waits for the address of its page, and what is behind it in the processor waits too, so
   // the closer together the requests for different rows, the more of those waits overlap.
   EMBAX_INLINE void ask_at(const char* row) const {
     const char* const end = row + asked;

@@ -219,14 +219,15 @@ struct StepAhead {
         gradient(nullptr, work.dim * kDtypeSize[static_cast<int>(work.gradients.dtype)]),
         distance(step_distance(work.dim)),
         block(kBlockBytes / (table.bytes + Optimizer::kElementSlots * slot0.bytes)) {
-    // A block of a few long rows only makes what is in use wait.
-    block = block < 8 ? 1 : block > 16 ? 16 : block;
+    // A block of a few long rows only makes what is in use wait; rows of one line are asked for once.
+    block = block < 8 || table.one_line() ? 1 : block > 16 ? 16 : block;
   }
 
-  EMBAX_INLINE void ask_first_lines(int64_t row) const {
+  EMBAX_INLINE void ask_first_lines(const Step& work, int64_t row) const {
     EMBAX_PREFETCH(table.data + row * table.bytes);
     if constexpr (Optimizer::kElementSlots > 0) EMBAX_PREFETCH(slot0.data + row * slot0.bytes);
     if constexpr (Optimizer::kElementSlots > 1) EMBAX_PREFETCH(slot1.data + row * slot1.bytes);
+    if constexpr (Optimizer::kRowSlot) EMBAX_PREFETCH(work.slots[Optimizer::kElementSlots] + row);
   }
 
   // For every entry, though neighbours may have the same row: to find out costs more than to ask twice.
@@ -244,7 +245,7 @@ struct StepAhead {
     if (asked >= next + distance) return asked;
     const int64_t whole = next + distance + block - 1, end = whole < work.count ? whole : work.count;
     if (block > 1) {
-      for (int64_t entry = asked; entry < end; ++entry) ask_first_lines(row_at(work, entry));
+      for (int64_t entry = asked; entry < end; ++entry) ask_first_lines(work, row_at(work, entry));
     }
     for (; asked < end; ++asked) ask(work, asked);
     return asked;

@@ -270,6 +270,7 @@ void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_
   while (begin < last && begin > 0 && row_at(work, begin) == row_at(work, begin - 1)) ++begin;  // another's run
   while (begin < last) {
     const int64_t end = run_end(work, begin);
+    if (end - begin > kHot && asked < end) asked = end;  // its gradients are summed already
     asked = ahead.ask_until(work, asked, end);
     step_row<Optimizer, T>(work, c, row_at(work, begin), row_gradient(work, begin, end, sum));
     begin = end;

@@ -1,10 +1,11 @@
 """The limits of this machine's memory, measured on the contenders' own tables by plain loops with prefetch.
 
-Forward: every row of the batch is read and summed. Step: besides, the time to read and write each distinct row once in
-the table and in every slot array as wide as the table: one for SGD and row-wise Adagrad (whose slot is one number for
-each row, not counted), two for Adagrad, three for Adam. The two are measured on batches that are far apart, so that
-neither finds the other's rows in a cache. Rows below 64 bytes: one 64-byte line for each distinct row, read for the
-forward, and read and written once more for the step, whatever the slots.
+Forward: every row of the batch is read and summed. Step: besides, the time to read and write as many distinct rows once
+in the table and in every slot array as wide as the table: one for SGD and row-wise Adagrad (whose slot is one number
+for each row, not counted), two for Adagrad, three for Adam. Those are other rows, half a table away, which no contender
+has touched: the limit of a step is a gather and a write on memory that is cold for both. It is no lower bound where the
+rows of a step stay in a cache between the two. Rows below 64 bytes: one 64-byte line for each distinct row, read for
+the forward, and read and written once more for the step, whatever the slots.
 """
 
 import ctypes
@@ -82,7 +83,8 @@ class Limit:
                 written = np.minimum(written, workload.rows * workload.dim // LINE - 1).astype(np.int32)
                 rows, valency = written[: len(written) // valency * valency], valency
             self.gathered.append(np.ascontiguousarray(rows.reshape(-1, valency)))
-            self.written.append(written)
+            lines = workload.rows * workload.dim // self.width
+            self.written.append(((written + lines // 2) % lines).astype(np.int32))
         self.out = np.zeros((max(map(len, self.gathered)), self.width), np.float32)
 
     def forward(self, index: int) -> None:
@@ -92,7 +94,7 @@ class Limit:
 
     def step(self, index: int) -> None:
         self.forward(index)
-        rows = self.written[(index + len(self.written) // 2) % len(self.written)]
+        rows = self.written[index]
         arrays = self.memory.views()
         for array in arrays[:1] if self.narrow else [a for a in arrays if a.shape == arrays[0].shape]:
             arguments = (len(rows), self.width, 0.0, self.threads)

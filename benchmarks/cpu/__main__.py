@@ -34,7 +34,7 @@ from pathlib import Path
 from benchmarks.cpu import claims, limits, report
 from benchmarks.cpu.workloads import Skip, Workload, workloads
 
-MALLOC = "glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1"
+MALLOC = "glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=1073741824"
 MARK = "RESULT "
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 LOOKUPS = [f"lookup 1e6x64 {dtype}" for dtype in ("float32", "bfloat16", "float16", "int8")]

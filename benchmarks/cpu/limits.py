@@ -2,10 +2,10 @@
 
 Forward: every row of the batch is read and summed. Step: besides, the time to read and write as many distinct rows once
 in the table and in every slot array as wide as the table: one for SGD and row-wise Adagrad (whose slot is one number
-for each row, not counted), two for Adagrad, three for Adam. Those are other rows, half a table away, which no contender
-has touched: the limit of a step is a gather and a write on memory that is cold for both. It is no lower bound where the
-rows of a step stay in a cache between the two. Rows below 64 bytes: one 64-byte line for each distinct row, read for
-the forward, and read and written once more for the step, whatever the slots.
+for each row, not counted), two for Adagrad, three for Adam. Those rows lie half a table away from the ones just read,
+so that few of them are in a cache, where the table is much larger than one. It is no lower bound where the rows of a
+step stay in a cache between the two. Rows below 64 bytes: one 64-byte line for each distinct row, read for the forward,
+and read and written once more for the step, whatever the slots.
 """
 
 import ctypes

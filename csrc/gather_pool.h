@@ -296,6 +296,7 @@ EMBAX_INLINE float sum_in_lanes(int64_t dim, const Term& term) {
     EMBAX_UNROLL
     for (int i = 0; i < whole.count; ++i) whole.part[i] += values.part[i];
   }
+  if (column == dim) return folded(whole);
   float lanes[kLanes];
   memcpy(lanes, &whole, sizeof lanes);
   for_strips<kLanes / 2>(dim - column, [&](auto width, int64_t at) {
@@ -305,11 +306,8 @@ EMBAX_INLINE float sum_in_lanes(int64_t dim, const Term& term) {
     memcpy(terms, &values, sizeof terms);
     for (int d = 0; d < n; ++d) lanes[at + d] += terms[d];
   });
-  // Lane d and lane d + half, for halves of 8, 4, 2 and 1.
-  float eight[8], four[4];
-  for (int d = 0; d < 8; ++d) eight[d] = lanes[d] + lanes[d + 8];
-  for (int d = 0; d < 4; ++d) four[d] = eight[d] + eight[d + 4];
-  return (four[0] + four[2]) + (four[1] + four[3]);
+  memcpy(&whole, lanes, sizeof whole);
+  return folded(whole);
 }
 
 template <typename T>

@@ -4,11 +4,13 @@
 // a float or a vector of them (vectors.h). A struct has
 //
 //   kElementSlots   slot variables with one number for each of the row's; passed to step by reference
-//   kRowSlot        whether there is one more, with one number for the whole row; begin_row changes it
+//   kRowSlot        whether there is one more, with one number for the whole row: begin_row changes it, factor says what
+//                   the row's steps need of it
 //   Hyper           the hyperparameters, read from the float32 array that Python computes once a step, in the order of
 //                   the optimizer's NamedTuple
 //   begin_row       (hyper, mean of the row's squared gradients, row slot), before the row's steps
-//   step            (hyper, row slot, gradient, row, slots ...), for each number
+//   factor          (hyper, row slot) -> a number, once a row
+//   step            (hyper, that number, gradient, row, slots ...), for each number
 //
 // The formulas are those of `update_rows` in embax/optimizers, where sources are named. To add one: its struct here, its
 // line in EMBAX_OPTIMIZERS.
@@ -34,6 +36,10 @@ struct NoRowSlot {
   static constexpr bool kRowSlot = false;
   template <typename Hyper>
   EMBAX_FORMULA static void begin_row(const Hyper&, float, float&) {}
+  template <typename Hyper>
+  EMBAX_FORMULA static float factor(const Hyper&, float) {
+    return 0;
+  }
 };
 
 // 0 / sqrt(0) is a step of 0: an accumulator of 0 has only ever seen gradients of 0.
@@ -69,9 +75,10 @@ struct RowwiseAdagrad {
   EMBAX_FORMULA static void begin_row(const Hyper&, float mean_square, float& accumulator) {
     accumulator += mean_square;
   }
+  EMBAX_FORMULA static float factor(const Hyper& h, float accumulator) { return over_root(h.rate, accumulator); }
   template <typename V>
-  EMBAX_FORMULA static void step(const Hyper& h, float accumulator, V g, V& w, V&, V&) {
-    w -= h.rate * over_root(g, V{} + accumulator);
+  EMBAX_FORMULA static void step(const Hyper&, float factor, V g, V& w, V&, V&) {
+    w -= factor * g;
   }
 };
 
@@ -176,16 +183,6 @@ struct F2a {
     w -= h.rate * (factor * g / root(accumulator) + h.l1 * sign + h.l2 * w);
   }
 };
-
-// What a row's steps are told of its row slot: the slot itself, or for F2A the factor that follows from it.
-template <typename Optimizer>
-EMBAX_FORMULA float told(const typename Optimizer::Hyper&, float row_slot) {
-  return row_slot;
-}
-template <>
-EMBAX_FORMULA float told<F2a>(const F2a::Hyper& h, float row_slot) {
-  return F2a::factor(h, row_slot);
-}
 
 }  // namespace embax::EMBAX_ISA
 

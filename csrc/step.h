@@ -137,7 +137,7 @@ struct Constants {
 };
 
 template <int width, typename Optimizer, typename T>
-EMBAX_INLINE void step_strip(const Constants<Optimizer>& c, float row_slot, float scale, const float* gradient, T* row,
+EMBAX_INLINE void step_strip(const Constants<Optimizer>& c, float factor, float scale, const float* gradient, T* row,
                              float* slot0, float* slot1, uint32_t random, int64_t column) {
   constexpr int slots = Optimizer::kElementSlots;
   const Strip<width> before = load_strip<width>(row + column);
@@ -148,7 +148,7 @@ EMBAX_INLINE void step_strip(const Constants<Optimizer>& c, float row_slot, floa
   for (int i = 0; i < w.count; ++i) {
     if (c.modified && c.clips) g.part[i] *= scale;
     if (c.modified && c.l2 != 0) g.part[i] += c.l2 * before.part[i];
-    Optimizer::step(c.hyper, row_slot, g.part[i], w.part[i], s0.part[i], s1.part[i]);
+    Optimizer::step(c.hyper, factor, g.part[i], w.part[i], s0.part[i], s1.part[i]);
     if (c.modified && c.decay != 0) w.part[i] -= c.decay * before.part[i];
   }
   if constexpr (slots > 0) store_strip(s0, slot0 + column);
@@ -184,21 +184,19 @@ EMBAX_INLINE void step_row(const Step& work, const Constants<Optimizer>& c, int6
     const float norm = __builtin_sqrtf(sum_of_squares(gradient, c.dim, 1.0f));
     if (norm > c.clip_norm) scale = c.clip_norm / norm;
   }
-  float row_slot = 0;
+  float factor = 0;
   if constexpr (Optimizer::kRowSlot) {
     float* slot = work.slots[Optimizer::kElementSlots] + number;
     const float squares = c.l2 == 0 ? sum_of_squares(gradient, c.dim, scale)
                                     : decayed_squares(gradient, row, c.dim, scale, c.l2);
-    row_slot = *slot;
-    Optimizer::begin_row(c.hyper, squares / static_cast<float>(c.dim), row_slot);
-    *slot = row_slot;
-    row_slot = told<Optimizer>(c.hyper, row_slot);
+    Optimizer::begin_row(c.hyper, squares / static_cast<float>(c.dim), *slot);
+    factor = Optimizer::factor(c.hyper, *slot);
   }
   float* slot0 = Optimizer::kElementSlots > 0 ? work.slots[0] + number * c.dim : nullptr;
   float* slot1 = Optimizer::kElementSlots > 1 ? work.slots[1] + number * c.dim : nullptr;
   const uint32_t random = c.stochastic ? row_seed(work.seed, number) : 0;
   for_strips<kLanes>(c.dim, [&](auto width, int64_t column) {
-    step_strip<decltype(width)::value>(c, row_slot, scale, gradient, row, slot0, slot1, random, column);
+    step_strip<decltype(width)::value>(c, factor, scale, gradient, row, slot0, slot1, random, column);
   });
 }
 

@@ -69,6 +69,20 @@ EMBAX_INLINE V all(float value) {
   return V{} + value;
 }
 
+// The sum of a strip's numbers: number d and number d + half, for halves of width / 2 to 1, whatever the vector width.
+template <int width>
+EMBAX_INLINE float folded(Strip<width> strip) {
+  if constexpr (width == 1) {
+    return strip.part[0];
+  } else {
+    Strip<width / 2> halves[2];
+    memcpy(halves, &strip, sizeof halves);
+    EMBAX_UNROLL
+    for (int i = 0; i < halves[0].count; ++i) halves[0].part[i] += halves[1].part[i];
+    return folded(halves[0]);
+  }
+}
+
 EMBAX_INLINE float root(float x) { return __builtin_sqrtf(x); }
 template <typename V>
 EMBAX_INLINE V root(V x) {

@@ -183,7 +183,7 @@ void step_row(const Step& work, int64_t row, std::vector<float> g) {
     const float squares = sum_in_lanes(dim, [&](int64_t d) { return g[d] * g[d]; });
     Optimizer::begin_row(hyper, squares / static_cast<float>(dim), row_slot);
     *slot = row_slot;
-    row_slot = told<Optimizer>(hyper, row_slot);
+    row_slot = Optimizer::factor(hyper, row_slot);
   }
   for (int64_t d = 0; d < dim; ++d) {
     float unused = 0, value = before[d];

@@ -76,7 +76,7 @@ class RowwiseAdagrad(Optimizer):
 
     def update_rows(self, rows, gradients, slots, hyper):
         accumulator = slots.accumulator + jnp.mean(gradients * gradients, axis=-1, keepdims=True)
-        return rows - hyper.learning_rate * _over_root(gradients, accumulator), AdagradSlotVariables(accumulator)
+        return rows - _over_root(hyper.learning_rate, accumulator) * gradients, AdagradSlotVariables(accumulator)
 
 
 class AdagradMomentumSlotVariables(NamedTuple):
@@ -152,6 +152,6 @@ class AdagradMomentum(Optimizer):
         return rows - hyper.learning_rate * direction, AdagradMomentumSlotVariables(accumulator, momentum)
 
 
-def _over_root(gradients, accumulator):
+def _over_root(values, accumulator):
     # 0 / sqrt(0) is a step of 0: an accumulator of 0 has only ever seen gradients of 0.
-    return jnp.where(accumulator > 0, gradients / jnp.sqrt(jnp.where(accumulator > 0, accumulator, 1.0)), 0.0)
+    return jnp.where(accumulator > 0, values / jnp.sqrt(jnp.where(accumulator > 0, accumulator, 1.0)), 0.0)

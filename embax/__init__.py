@@ -48,6 +48,7 @@ from embax.optimizers import LaProp as LaProp
 from embax.optimizers import Optax as Optax
 from embax.optimizers import Optimizer as Optimizer
 from embax.optimizers import RowwiseAdagrad as RowwiseAdagrad
+from embax.placement import Devices as Devices
 from embax.planning import Plan as Plan
 from embax.planning import plan as plan
 from embax.preprocess import preprocess as preprocess

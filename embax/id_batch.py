@@ -44,8 +44,10 @@ class StackIds:
       ids: int32 ``[shards, capacity]``; rows of the stack. Anything outside ``[0, rows)`` is absent.
       offsets: int32 ``[shards, samples + 1]``.
       gains: float32 ``[shards, capacity]``, or None where every gain is 1.
-      samples: samples of each feature of the stack (static).
+      samples: samples of each feature of the stack, on one shard (static).
       valencies: ids per sample of each feature where it is the same for all samples, else None (static).
+      totals: samples of each feature over all shards, where the last shards are filled up with samples that are not
+        there; None where none are (static).
     """
 
     ids: Any
@@ -53,6 +55,7 @@ class StackIds:
     gains: Any
     samples: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     valencies: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    totals: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def shard(self, index: int) -> "StackIds":
         """Returns one shard's ids, without the leading dimension."""

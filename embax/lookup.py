@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from embax import kernels
+from embax.exchange import over_mesh
 from embax.id_batch import IdBatch, StackIds
 from embax.kernels import differentiable
 from embax.planning import FeaturePlan, Plan, StackPlan
@@ -60,19 +61,15 @@ def lookup(plan: Plan, tables: Mapping[str, TableState], batch: IdBatch) -> tupl
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _lookup(plan: Plan, backend: str, rows: dict[str, Any], batch: IdBatch) -> tuple[Any, Residuals]:
+    if plan.devices is not None:
+        pooled, tokens = over_mesh.lookup(plan, backend, rows, batch.stacks)
+        return by_feature(plan, pooled), Residuals(batch, tokens)
     pooled = {
-        stack.name: _pooled(backend, stack, rows[stack.name], batch.stacks[stack.name].shard(0))
+        stack.name: differentiable.pool(backend, stack, rows[stack.name], batch.stacks[stack.name].shard(0))
         for stack in plan.stacks
     }
     tokens = {name: _token(activations) for name, activations in pooled.items()}
     return by_feature(plan, pooled), Residuals(batch, tokens)
-
-
-def _pooled(backend: str, stack: StackPlan, table: Any, ids: StackIds) -> tuple[jax.Array, ...]:
-    """Returns the activations of a stack's features; rows that are no plain array pool themselves."""
-    if hasattr(table, "lookup_pooled"):
-        return table.lookup_pooled(stack, backend, ids)
-    return differentiable.gather_pool(backend, stack, table, ids)
 
 
 def _token(activations: tuple[jax.Array, ...]) -> jax.Array:
@@ -85,7 +82,9 @@ def by_feature(plan: Plan, pooled: Mapping[str, Sequence[jax.Array]]) -> Any:
     activations: list[Any] = [None] * len(plan.features)
     for stack in plan.stacks:
         for index, part in zip(stack.features, pooled[stack.name], strict=True):
-            activations[index] = part.reshape(activation_shape(stack, plan.features[index], part.shape[0]))
+            shaped = part.ndim != 2 or plan.devices is not None  # a mesh gives them in shape
+            shape = part.shape if shaped else activation_shape(stack, plan.features[index], part.shape[0])
+            activations[index] = part.reshape(shape)
     return jax.tree.unflatten(plan.structure, activations)
 
 
@@ -95,7 +94,7 @@ def activation_shape(stack: StackPlan, feature: FeaturePlan, samples: int) -> tu
 
 
 def check_batch(plan: Plan, batch: IdBatch) -> None:
-    """Raises unless ``batch`` has the stacks and features of ``plan``, on one shard."""
+    """Raises unless ``batch`` has the stacks, features and shards of ``plan``."""
     if not isinstance(batch, IdBatch):
         raise TypeError(f"a {type(batch).__name__} is not an IdBatch; pass what preprocess returned")
     names = {stack.name for stack in plan.stacks}
@@ -109,7 +108,18 @@ def check_batch(plan: Plan, batch: IdBatch) -> None:
                 "features, and "
                 f"the plan has {len(stack.features)}; preprocess the ids with this plan"
             )
-        if jnp.shape(ids.ids)[0] != 1:
+        if jnp.shape(ids.ids)[0] != shards_of(plan):
             raise ValueError(
-                f'stack "{stack.name}": the batch has {jnp.shape(ids.ids)[0]} shards, and this plan runs on one device'
+                f'stack "{stack.name}": the batch has {jnp.shape(ids.ids)[0]} shards, and the plan '
+                f"{shards_of(plan)}; preprocess the ids with this plan"
             )
+
+
+def shards_of(plan: Plan) -> int:
+    """Returns how many shards a batch has where the caller stands: one inside of a shard_map."""
+    return 1 if plan.devices is None or plan.devices.inside() else plan.devices.batch_shards
+
+
+def samples_of(plan: Plan, ids: StackIds) -> tuple[int, ...]:
+    """Returns the samples of each feature of a stack, over all shards, without those that only fill up."""
+    return ids.totals or tuple(shards_of(plan) * samples for samples in ids.samples)

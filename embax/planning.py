@@ -7,14 +7,15 @@ else in embax reads the plan, so it can be a static argument of a jitted functio
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from embax.optimizers.base import Optimizer
+from embax.placement import Devices, as_devices, checked_exchange, checked_placements
 from embax.specs import FeatureSpec, QuantizationConfig, TableSpec, float_dtype
-from embax.stacking import MAX_STACK_ROWS, group_tables, row_offsets, stack_name
+from embax.stacking import MAX_STACK_ROWS, group_tables, row_offsets, stack_name, whole_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,11 @@ class FeaturePlan:
 
 @dataclasses.dataclass(frozen=True)
 class StackPlan:
-    """Tables that share one array of ``rows`` rows; ``rows`` itself, one past the end, means "no row"."""
+    """Tables that share one array of ``rows`` rows; ``rows`` itself, one past the end, means "no row".
+
+    On a mesh the array is stored in the order of its owners: ``stored_rows`` rows, ``local_rows`` on each of ``shards``
+    devices, ``local_dim`` columns.
+    """
 
     name: str
     tables: tuple[TablePlan, ...]
@@ -68,6 +73,24 @@ class StackPlan:
     activation_dtype: str
     optimizer: Optimizer
     quantization: QuantizationConfig | None
+    placement: str = "row"
+    shards: int = 1
+    exchange: str = "gather"
+
+    @property
+    def local_rows(self) -> int:
+        """Rows that one device holds."""
+        return -(-self.rows // self.shards) if self.placement in ("row", "table") else self.rows
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the array over all devices, those included that no id names."""
+        return self.local_rows * self.shards if self.placement in ("row", "table") else self.rows
+
+    @property
+    def local_dim(self) -> int:
+        """Columns of a row that one device holds."""
+        return self.embedding_dim // self.shards if self.placement == "column" else self.embedding_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +104,13 @@ class Plan:
     features: tuple[FeaturePlan, ...]
     structure: Any
     backend: str | None
+    devices: Devices | None = None
 
     def __hash__(self):
         # The hash of every field of every table is worth keeping: a jitted call asks for it at each step.
         cached = self.__dict__.get("_hash")
         if cached is None:
-            cached = hash((self.stacks, self.features, self.structure, self.backend))
+            cached = hash((self.stacks, self.features, self.structure, self.backend, self.devices))
             object.__setattr__(self, "_hash", cached)
         return cached
 
@@ -126,6 +150,9 @@ def plan(
     capacity: Mapping[str, int] | None = None,
     activation_dtype: Any = None,
     backend: str | None = None,
+    mesh: Any = None,
+    placement: str | Mapping[str, str] = "row",
+    exchange: str = "auto",
 ) -> Plan:
     """Returns the plan of the given features: tables stacked, rows numbered, everything checked.
 
@@ -138,9 +165,15 @@ def plan(
         rounded up, so that a new batch seldom compiles anew.
       activation_dtype: of the activations; None for the table's own.
       backend: the kernels to use, by name; None for the best one at hand.
+      mesh: a jax.sharding.Mesh whose axes split both batch and tables, or ``embax.Devices`` that says which; None for
+        one device.
+      placement: of all tables, or by table name: "row", "table", "column", "replicated" (``embax.placement``).
+      exchange: how rows dealt out over devices come to the samples: "gather" (ids to everybody, partial sums home),
+        "route" (each distinct row once to whoever needs it), "auto" for what moves fewer bytes.
 
     Raises:
-      ValueError: duplicate or differing names, tables that cannot be stacked, more than 2**31 - 2 rows.
+      ValueError: duplicate or differing names, tables that cannot be stacked, more than 2**31 - 2 rows, a placement that
+        the mesh or the table does not allow.
 
     >>> import jax, embax
     >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
@@ -152,16 +185,19 @@ def plan(
     if activation_dtype is not None:
         activation_dtype = float_dtype("plan", "activation_dtype", activation_dtype)
     specs, structure = jax.tree.flatten(features, is_leaf=lambda x: isinstance(x, FeatureSpec))
+    devices = as_devices(mesh)
     tables = _tables_of(specs)
-    groups = _grouped(tables, stacks)
-    by_table = {spec.name: (name, table) for name, group in groups.items() for spec, table in _placed(group)}
+    rule = _Rule(checked_placements(placement, [t.name for t in tables], devices), devices)
+    groups = {name: rule.lay(name, group) for name, group in _grouped(tables, stacks, rule.kind).items()}
+    by_table = {table.name: (name, table) for name, laid in groups.items() for table in laid.tables}
     capacity = _checked_capacity(specs, capacity)
     planned = tuple(_feature_plan(spec, *by_table[spec.table_spec.name], capacity.get(spec.name)) for spec in specs)
     stack_plans = []
-    for name, group in groups.items():
+    for name, laid in groups.items():
         members = tuple(i for i, feature in enumerate(planned) if feature.stack == name)
-        stack_plans.append(_stack_plan(name, group, members, activation_dtype))
-    return Plan(tuple(stack_plans), planned, structure, backend)
+        chosen = checked_exchange(exchange, [planned[i].valency for i in members], laid.shards)
+        stack_plans.append(_stack_plan(name, laid, members, activation_dtype, chosen))
+    return Plan(tuple(stack_plans), planned, structure, backend, devices)
 
 
 def as_plan(features: Any, settings: Mapping[str, Any]) -> Plan:
@@ -200,17 +236,58 @@ def _tables_of(specs: Sequence[FeatureSpec]) -> list[TableSpec]:
     return list(tables.values())
 
 
-def _kind(table: TableSpec) -> tuple:
-    return (table.embedding_dim, table.dtype, table.optimizer, table.quantization_config)
+class _Laid(NamedTuple):
+    """The tables of a stack with their first rows, and how the stack lies on the devices."""
+
+    spec: TableSpec
+    tables: tuple[TablePlan, ...]
+    rows: int
+    placement: str
+    shards: int
 
 
-def _grouped(tables: list[TableSpec], stacks: Any) -> dict[str, list[TableSpec]]:
+class _Rule(NamedTuple):
+    """The placement of every table by name, and the devices there are."""
+
+    placements: dict[str, str]
+    devices: Devices | None
+
+    def kind(self, table: TableSpec) -> tuple:
+        """Returns what tables of one stack have in common."""
+        common = (table.embedding_dim, table.dtype, table.optimizer, table.quantization_config)
+        return (*common, self.placements[table.name])
+
+    def lay(self, stack: str, group: list[TableSpec]) -> _Laid:
+        """Returns the tables of a stack, laid out."""
+        placement, sizes = self.placements[group[0].name], [table.vocabulary_size for table in group]
+        shards = 1 if self.devices is None or placement == "replicated" else self.devices.table_shards
+        if placement == "table":
+            offsets, rows = whole_tables(sizes, shards)
+            rows *= shards
+        else:
+            offsets = row_offsets(sizes, shards if placement == "row" else 1)
+            rows = offsets[-1] + sizes[-1]
+        if placement == "column" and group[0].embedding_dim % shards:
+            raise ValueError(
+                f'plan: table "{group[0].name}" has embedding_dim {group[0].embedding_dim}, and placement "column" '
+                f"splits it over {shards} devices; make it a multiple of {shards}, or place it otherwise"
+            )
+        if rows > MAX_STACK_ROWS:
+            raise ValueError(f'plan: stack "{stack}" would have more than {MAX_STACK_ROWS} rows; split it')
+        tables = tuple(
+            TablePlan(t.name, t.vocabulary_size, offset, t.initializer, t.combiner)
+            for t, offset in zip(group, offsets, strict=True)
+        )
+        return _Laid(group[0], tables, rows, placement, shards)
+
+
+def _grouped(tables: list[TableSpec], stacks: Any, kind: Any) -> dict[str, list[TableSpec]]:
     if stacks == "auto":
-        groups = group_tables(tables, _kind)
+        groups = group_tables(tables, kind)
     elif stacks == "none":
         groups = [[table] for table in tables]
     elif isinstance(stacks, Mapping):
-        return _explicit_groups(tables, stacks)
+        return _explicit_groups(tables, stacks, kind)
     else:
         raise ValueError(f'plan: stacks={stacks!r} must be "auto", "none", or a mapping from stack to table names')
     named: dict[str, list[TableSpec]] = {}
@@ -219,7 +296,9 @@ def _grouped(tables: list[TableSpec], stacks: Any) -> dict[str, list[TableSpec]]
     return named
 
 
-def _explicit_groups(tables: list[TableSpec], stacks: Mapping[str, Sequence[str]]) -> dict[str, list[TableSpec]]:
+def _explicit_groups(
+    tables: list[TableSpec], stacks: Mapping[str, Sequence[str]], kind: Any
+) -> dict[str, list[TableSpec]]:
     remaining = {table.name: table for table in tables}
     named: dict[str, list[TableSpec]] = {}
     for name, members in stacks.items():
@@ -232,13 +311,11 @@ def _explicit_groups(tables: list[TableSpec], stacks: Mapping[str, Sequence[str]
                 raise ValueError(f'plan: table "{member}" is in two stacks, or twice in one')
         group = [remaining.pop(member) for member in members]
         for table in group[1:]:
-            if _kind(table) != _kind(group[0]):
+            if kind(table) != kind(group[0]):
                 raise ValueError(
                     f'plan: stack "{name}" cannot hold tables "{group[0].name}" and "{table.name}": they differ in '
-                    "embedding_dim, dtype, optimizer or quantization_config"
+                    "embedding_dim, dtype, optimizer, quantization_config or placement"
                 )
-        if sum(t.vocabulary_size for t in group) > MAX_STACK_ROWS:
-            raise ValueError(f'plan: stack "{name}" would have more than {MAX_STACK_ROWS} rows; split it')
         _add_group(named, name, group)
     for table in remaining.values():
         _add_group(named, stack_name([table.name]), [table])
@@ -251,14 +328,6 @@ def _add_group(named: dict[str, list[TableSpec]], name: str, group: list[TableSp
     if name in named:
         raise ValueError(f'plan: two stacks would be named "{name}"; rename a table, or name the stacks')
     named[name] = group
-
-
-def _placed(group: list[TableSpec]) -> list[tuple[TableSpec, TablePlan]]:
-    offsets = row_offsets([table.vocabulary_size for table in group])
-    return [
-        (t, TablePlan(t.name, t.vocabulary_size, offset, t.initializer, t.combiner))
-        for t, offset in zip(group, offsets, strict=True)
-    ]
 
 
 def _checked_capacity(specs: Sequence[FeatureSpec], capacity: Mapping[str, int] | None) -> dict[str, int]:
@@ -290,16 +359,21 @@ def _feature_plan(spec: FeatureSpec, stack: str, table: TablePlan, capacity: int
     )
 
 
-def _stack_plan(name: str, group: list[TableSpec], features: tuple[int, ...], activation_dtype: Any) -> StackPlan:
-    first = group[0]
+def _stack_plan(
+    name: str, laid: _Laid, features: tuple[int, ...], activation_dtype: Any, exchange: str
+) -> StackPlan:
+    first = laid.spec
     return StackPlan(
         name=name,
-        tables=tuple(table for _, table in _placed(group)),
+        tables=laid.tables,
         features=features,
-        rows=sum(table.vocabulary_size for table in group),
+        rows=laid.rows,
         embedding_dim=first.embedding_dim,
         dtype=first.dtype,
         activation_dtype=activation_dtype or first.dtype,
         optimizer=first.optimizer,
         quantization=first.quantization_config,
+        placement=laid.placement,
+        shards=laid.shards,
+        exchange=exchange,
     )

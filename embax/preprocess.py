@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from embax.batch_shards import split
 from embax.combiners import gains_from_weights
 from embax.id_batch import IdBatch, StackIds, Statistics, bucket
 from embax.id_inputs import Flat, RaggedIds, flatten
@@ -61,7 +62,7 @@ def preprocess(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
     leaves = plan.flatten(ids, "ids")
     batch = _at_once(plan, leaves) if weights is None else None
     if batch is not None:
-        return batch
+        return split(plan, batch)
     weight_leaves = [None] * len(leaves) if weights is None else plan.flatten(weights, "weights")
     columns = [
         _column(feature, flatten(feature, leaf, weight))
@@ -69,7 +70,7 @@ def preprocess(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
     ]
     stacks = {stack.name: _stack_ids(plan, stack, [columns[i] for i in stack.features]) for stack in plan.stacks}
     counts = np.array([c.counts for c in columns], np.int32)
-    return IdBatch(stacks, Statistics(*counts.T[:, None, :]))
+    return split(plan, IdBatch(stacks, Statistics(*counts.T[:, None, :])))
 
 
 # ---- at once: NumPy arrays without weights, and nothing wrong with them --------------------------------------

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from embax.batch_shards import split
 from embax.combiners import gains_from_weights
 from embax.id_batch import IdBatch, StackIds, Statistics
 from embax.id_inputs import CooIds, RaggedIds, check_batch, check_num_samples, check_shape
@@ -86,7 +87,7 @@ def preprocess_traced(plan: Plan, ids: Any, weights: Any = None) -> IdBatch:
     ]
     stacks = {stack.name: _stack_ids([columns[i] for i in stack.features]) for stack in plan.stacks}
     counts = zip(*(c.counts for c in columns), strict=True)
-    return IdBatch(stacks, Statistics(*(jnp.stack(count)[None] for count in counts)))
+    return split(plan, IdBatch(stacks, Statistics(*(jnp.stack(count)[None] for count in counts))), jnp)
 
 
 def _column(feature: FeaturePlan, stack: StackPlan, leaf: Any, weights: Any) -> TracedColumn:

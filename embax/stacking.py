@@ -40,14 +40,37 @@ def group_tables(tables: Sequence[Any], kind: Callable[[Any], Hashable]) -> list
     return groups
 
 
-def row_offsets(vocabulary_sizes: Sequence[int]) -> list[int]:
-    """Returns the first row of each table in its stack.
+def row_offsets(vocabulary_sizes: Sequence[int], shards: int = 1) -> list[int]:
+    """Returns the first row of each table in a stack whose rows are dealt out to ``shards`` devices.
+
+    Row r of a stack lives on device r % shards. Rows are left out between tables so that table t begins on device
+    t % shards: the first rows, often the hottest, then do not all live on one device.
 
     >>> row_offsets([3, 5, 2])
     [0, 3, 8]
+    >>> row_offsets([4, 4, 4], shards=4)
+    [0, 5, 10]
     """
     offsets, total = [], 0
-    for size in vocabulary_sizes:
+    for index, size in enumerate(vocabulary_sizes):
+        total += (index - total) % shards
         offsets.append(total)
         total += size
     return offsets
+
+
+def whole_tables(vocabulary_sizes: Sequence[int], shards: int) -> tuple[list[int], int]:
+    """Returns the first row of each table where every table lives whole on one device, and the rows of a device.
+
+    Device s holds the rows from ``s * rows`` on. The largest table goes first, each to the device that has least.
+
+    >>> whole_tables([3, 5, 2], shards=2)
+    ([5, 0, 8], 5)
+    """
+    loads, placed = [0] * shards, [(0, 0)] * len(vocabulary_sizes)
+    for index in sorted(range(len(vocabulary_sizes)), key=lambda i: -vocabulary_sizes[i]):
+        shard = loads.index(min(loads))
+        placed[index] = shard, loads[shard]
+        loads[shard] += vocabulary_sizes[index]
+    rows = max(loads)
+    return [shard * rows + offset for shard, offset in placed], rows

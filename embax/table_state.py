@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec as P
 
-from embax.optimizers.base import Optimizer, map_slots
+from embax.optimizers.base import Optimizer, map_slots, slot_names
+from embax.placement import Devices
 from embax.planning import Plan, StackPlan, TablePlan
+from embax.sharded_tables import empty_rows, fill_table, fresh_slots, in_order, part_specs, placed, stored, written
 
 BLOCK_ROWS = 65_536
 SMALLEST_BLOCK = 1024
@@ -55,17 +58,27 @@ def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
     (6, 2)
     """
     rows = init_rows(plan, key)
+    if plan.devices is not None:
+        return {s.name: TableState(rows[s.name], fresh_slots(s, plan.devices)) for s in plan.stacks}
     return {stack.name: init_slots(stack.optimizer, rows[stack.name]) for stack in plan.stacks}
 
 
 def init_rows(plan: Plan, key: jax.Array) -> dict[str, jax.Array]:
     """Returns the fresh rows of every stack, without slot variables."""
-    return {stack.name: init_stack_rows(stack, key) for stack in plan.stacks}
+    return {stack.name: init_stack_rows(stack, key, plan.devices) for stack in plan.stacks}
 
 
-def init_stack_rows(stack: StackPlan, key: jax.Array) -> jax.Array:
-    """Returns the fresh rows of one stack."""
+def init_stack_rows(stack: StackPlan, key: jax.Array, devices: Devices | None = None) -> jax.Array:
+    """Returns the fresh rows of one stack, on the devices of its plan if there are any."""
     exact = [_has_exact_tail(stack, table, key) for table in stack.tables]
+    if devices is not None:
+        values = empty_rows(stack, devices)
+        for table, exact_tail in zip(stack.tables, exact, strict=True):
+            rows = _tail_rows(table.vocabulary_size, exact_tail) if table.vocabulary_size < BLOCK_ROWS else BLOCK_ROWS
+            extent = jnp.array([table.row_offset, table.vocabulary_size], jnp.int32)
+            own_key = table_key(key, table.name)
+            values = fill_table(stack, devices, table.initializer, rows, values, own_key, extent)
+        return values
     values = jnp.zeros((stack.rows, stack.embedding_dim), stack.dtype)
     for table, exact_tail in zip(stack.tables, exact, strict=True):
         values = _filled(values, table_key(key, table.name), table, exact_tail)
@@ -101,7 +114,7 @@ def _filled(values: jax.Array, key: jax.Array, table: TablePlan, exact_tail: boo
 
     def write(index, values):
         block = _made(table.initializer, jax.random.fold_in(key, index), BLOCK_ROWS, values)
-        return _write(values, block, table.row_offset + index * BLOCK_ROWS, BLOCK_ROWS)
+        return written(values, block, table.row_offset + index * BLOCK_ROWS, BLOCK_ROWS)
 
     if whole and isinstance(key, Tracer):
         values = jax.lax.fori_loop(0, whole, write, values)
@@ -110,23 +123,17 @@ def _filled(values: jax.Array, key: jax.Array, table: TablePlan, exact_tail: boo
             # Waiting keeps the blocks that are under way from piling up.
             values = jax.block_until_ready(write(index, values))
     if tail:
-        # Sizes are rounded up to a power of two, so that tables of all sizes share a few programs.
-        rows = max(SMALLEST_BLOCK, 1 << (tail - 1).bit_length()) if exact_tail else BLOCK_ROWS
-        block = _made(table.initializer, jax.random.fold_in(key, whole), rows, values)
-        values = _write(values, block, table.row_offset + whole * BLOCK_ROWS, tail)
+        block = _made(table.initializer, jax.random.fold_in(key, whole), _tail_rows(tail, exact_tail), values)
+        values = written(values, block, table.row_offset + whole * BLOCK_ROWS, tail)
     return values
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
-    """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``."""
-    window = min(block.shape[0], values.shape[0])
-    start = jnp.minimum(first, values.shape[0] - window)
-    source = start - first + jnp.arange(window, dtype=jnp.int32)
-    old = jax.lax.dynamic_slice(values, (start, 0), (window, values.shape[1]))
-    mine = ((source >= 0) & (source < count))[:, None]
-    new = jnp.where(mine, jnp.take(block, source, axis=0, mode="clip"), old)
-    return jax.lax.dynamic_update_slice(values, new, (start, 0))
+def _tail_rows(tail: int, exact_tail: bool) -> int:
+    """Returns the rows that are made for a last block of ``tail`` rows.
+
+    Sizes are rounded up to a power of two, so that tables of all sizes share a few programs.
+    """
+    return max(SMALLEST_BLOCK, 1 << (tail - 1).bit_length()) if exact_tail else BLOCK_ROWS
 
 
 def _made(initializer: Any, key: jax.Array, rows: int, values: jax.Array) -> jax.Array:
@@ -189,6 +196,9 @@ def to_arrays(plan: Plan, tables: Mapping[str, TableState]) -> dict[str, dict[st
             rows = slice(table.row_offset, table.row_offset + table.vocabulary_size)
             named = zip(slot_names(stack.optimizer), state.slots, strict=True)
             parts = {"table": state.table, **dict(named)}
+            if plan.devices is not None:
+                specs = part_specs(stack, plan.devices)
+                parts = {n: in_order(stack, plan.devices, specs[n], part) for n, part in parts.items()}
             # A copy even where the table is the whole stack: donating the tables must not delete what was taken out.
             arrays[table.name] = {name: jnp.copy(part[rows]) for name, part in parts.items()}
     return arrays
@@ -238,16 +248,26 @@ def from_arrays(plan: Plan, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str
                 if value.dtype.kind == "V" and value.dtype.itemsize == jnp.dtype(dtype).itemsize:
                     value = value.view(jnp.dtype(dtype))  # numpy.savez forgets the name of bfloat16
                 collected.append(value.astype(jnp.dtype(dtype)))
-        joined = {name: jnp.asarray(np.concatenate(values)) for name, values in parts.items()}
+        fills = {"table": 0, **{name: slot.initial_value for name, slot in slots.items()}}
+        joined = {name: _stacked(stack, values, fills[name]) for name, values in parts.items()}
+        if plan.devices is None:
+            joined = {name: jnp.asarray(value) for name, value in joined.items()}
+        else:
+            specs = part_specs(stack, plan.devices)
+            joined = {n: placed(stored(stack, v, fills[n]), specs[n], plan.devices) for n, v in joined.items()}
         values = joined.pop("table")
         state[stack.name] = TableState(values, _like(stack.optimizer, list(joined.values())))
     return state
 
 
-def slot_names(optimizer: Optimizer) -> tuple[str, ...]:
-    """Returns the names of the optimizer's slot variables; unnamed ones are slot_0, slot_1, ..."""
-    slots = optimizer.slots()
-    return tuple(getattr(slots, "_fields", (f"slot_{i}" for i in range(len(slots)))))
+def _stacked(stack: StackPlan, values: list[np.ndarray], fill: Any) -> np.ndarray:
+    """Returns the tables' rows at their places in the stack."""
+    if len(values) == 1 and values[0].shape[0] == stack.rows:
+        return values[0]
+    rows = np.full((stack.rows, values[0].shape[1]), fill, values[0].dtype)
+    for table, value in zip(stack.tables, values, strict=True):
+        rows[table.row_offset : table.row_offset + table.vocabulary_size] = value
+    return rows
 
 
 def _like(optimizer: Optimizer, values: list) -> Any:
@@ -272,11 +292,17 @@ def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
     for stack in plan.stacks:
         table = tables[stack.name].table
         shape = table.shape if hasattr(table, "shape") else jnp.shape(table)
-        if shape != (stack.rows, stack.embedding_dim):
+        if shape != _stored_shape(plan, stack):
             raise ValueError(
                 f'stack "{stack.name}": the table has shape {shape}, and the plan says '
-                f"{(stack.rows, stack.embedding_dim)}; pass the tables that init made for this plan"
+                f"{_stored_shape(plan, stack)}; pass the tables that init made for this plan"
             )
+
+
+def _stored_shape(plan: Plan, stack: StackPlan) -> tuple[int, int]:
+    """Returns the shape of a stack's rows where the caller stands: over all devices, or on one inside of a shard_map."""
+    inside = plan.devices is not None and plan.devices.inside()
+    return (stack.local_rows, stack.local_dim) if inside else (stack.stored_rows, stack.embedding_dim)
 
 
 def check_slots(plan: Plan, tables: Mapping[str, TableState]) -> None:
@@ -285,7 +311,7 @@ def check_slots(plan: Plan, tables: Mapping[str, TableState]) -> None:
     for stack in plan.stacks:
         check_trainable(tables[stack.name].table, f'stack "{stack.name}"')
         slots = stack.optimizer.slots()
-        shapes = [slot.shape((stack.rows, stack.embedding_dim)) for slot in slots]
+        shapes = [slot.shape(_stored_shape(plan, stack)) for slot in slots]
         given = tables[stack.name].slots
         if type(given) is not type(slots) or [jnp.shape(slot) for slot in given] != shapes:
             raise ValueError(

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from embax import kernels
+from embax.exchange import over_mesh
 from embax.id_batch import StackIds
-from embax.lookup import Residuals, activation_shape
+from embax.lookup import Residuals, activation_shape, samples_of
 from embax.optimizers.base import Optimizer
 from embax.planning import Plan, StackPlan
 from embax.row_gradients import RowGradients, check_rows
@@ -81,11 +82,12 @@ def apply_row_gradients(
     for name, gradient in gradients.items():
         stack = plan.stack(name)
         check_rows(gradient, f'stack "{name}"')
-        if gradient.vocabulary_size != stack.rows or gradient.values.shape[1:] != (stack.embedding_dim,):
+        rows = stack.stored_rows
+        if gradient.vocabulary_size != rows or gradient.values.shape[1:] != (stack.embedding_dim,):
             raise ValueError(
                 f'stack "{name}": gradients are of a table [{gradient.vocabulary_size}, '
                 f"{gradient.values.shape[1:]}], and the "
-                f"stack is [{stack.rows}, {stack.embedding_dim}]"
+                f"stack is [{rows}, {stack.embedding_dim}]"
             )
     hyper = {name: _hyper(plan.stack(name).optimizer, step) for name in gradients}
     return _apply(plan, kernels.choose(plan.backend).name, dict(tables), dict(gradients), hyper)
@@ -112,6 +114,9 @@ def apply_rows(optimizer: Optimizer, state: TableState, gradient: RowGradients, 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _update(plan, backend, tables, residuals, leaves, hyper):
+    if plan.devices is not None:
+        batch, gradients = residuals.batch.stacks, _by_stack(plan, leaves)
+        return over_mesh.update(plan, backend, tables, batch, residuals.tokens, gradients, hyper)
     kernel, new = kernels.get(backend), {}
     for stack, ids, token, gradients in _parts(plan, residuals, leaves):
         new[stack.name] = kernel.update(stack, tables[stack.name], ids, token, gradients, hyper[stack.name])
@@ -120,6 +125,9 @@ def _update(plan, backend, tables, residuals, leaves, hyper):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _row_gradients(plan, backend, residuals, leaves):
+    if plan.devices is not None:
+        batch, gradients = residuals.batch.stacks, _by_stack(plan, leaves)
+        return over_mesh.row_gradients(plan, backend, batch, residuals.tokens, gradients)
     kernel = kernels.get(backend)
     parts = _parts(plan, residuals, leaves)
     return {stack.name: kernel.row_gradients(stack, ids, token, values) for stack, ids, token, values in parts}
@@ -127,6 +135,8 @@ def _row_gradients(plan, backend, residuals, leaves):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(plan, backend, tables, gradients, hyper):
+    if plan.devices is not None:
+        return over_mesh.apply(plan, backend, tables, gradients, hyper)
     kernel, new = kernels.get(backend), dict(tables)
     for name, gradient in gradients.items():
         new[name] = kernel.apply(plan.stack(name).optimizer, tables[name], gradient, hyper[name])
@@ -141,6 +151,10 @@ def _apply_one(optimizer, backend, state, gradient, hyper):
 def _hyper(optimizer: Optimizer, step: Any) -> tuple:
     # Outside of embax's own jit: a rate that is a callable of no argument is asked at every eager step.
     return optimizer.modifiers(step), optimizer.hyperparameters(step)
+
+
+def _by_stack(plan: Plan, leaves: list[jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
+    return {stack.name: tuple(leaves[i] for i in stack.features) for stack in plan.stacks}
 
 
 def _parts(
@@ -162,7 +176,7 @@ def _check(plan: Plan, tables: Mapping[str, TableState], residuals: Residuals) -
 def _checked_gradients(plan: Plan, residuals: Residuals, gradients: Any) -> list[jax.Array]:
     leaves = plan.flatten(gradients, "activation gradients")
     for stack in plan.stacks:
-        for index, samples in zip(stack.features, residuals.batch.stacks[stack.name].samples, strict=True):
+        for index, samples in zip(stack.features, samples_of(plan, residuals.batch.stacks[stack.name]), strict=True):
             _check_shape(stack, plan.features[index], samples, leaves[index])
     return leaves
 

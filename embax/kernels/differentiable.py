@@ -7,6 +7,7 @@ with respect to a table it is dense.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ import jax.numpy as jnp
 from embax import kernels
 from embax.id_batch import StackIds
 from embax.planning import StackPlan
+
+
+def pool(backend: str, stack: StackPlan, table: Any, ids: StackIds) -> tuple[jax.Array, ...]:
+    """Returns the activations of each feature; rows that are no plain array (quantized ones) pool themselves."""
+    if hasattr(table, "lookup_pooled"):
+        return table.lookup_pooled(stack, backend, ids)
+    return gather_pool(backend, stack, table, ids)
 
 
 def gather_pool(backend: str, stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:

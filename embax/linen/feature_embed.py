@@ -60,15 +60,15 @@ class FeatureEmbed(nn.Module):
         static = (stack.optimizer, "/".join((*self.path, stack.name)))
         if not self.has_variable("params", stack.name):
             # With a key of its own: the parameter's would change with the stack's name.
-            value = self.param(stack.name, lambda _: Table.tree_unflatten(static, (init_stack_rows(stack, key),)))
+            value = self.param(stack.name, lambda _: Table.tree_unflatten(static, (init_stack_rows(stack, key, self.plan.devices),)))
             return Table.tree_unflatten(static, (value,))
         stored = self.get_variable("params", stack.name)
         if isinstance(stored, Prefetched):
             return stored
         value = stored.unbox() if isinstance(stored, Table) else stored
-        if value.shape != (stack.rows, stack.embedding_dim):
+        if value.shape != (stack.stored_rows, stack.embedding_dim):
             raise ValueError(
                 f'table "{static[1]}": the parameter has shape {value.shape}, and the features say '
-                f"{(stack.rows, stack.embedding_dim)}; pass the parameters that init made for these features"
+                f"{(stack.stored_rows, stack.embedding_dim)}; pass the parameters that init made for these features"
             )
         return Table.tree_unflatten(static, (value,))

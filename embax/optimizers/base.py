@@ -152,6 +152,11 @@ class Optimizer(abc.ABC):
         """Returns the name of the C++ struct with this formula and these settings, or None."""
         return self.kernel
 
+    def element_wise(self) -> bool:
+        """Returns whether it is known that each number of a row moves by its own gradient and slots alone."""
+        known = self.kernel_name() is not None and self.row_clip_norm is None
+        return known and not any(slot.row_wise for slot in self.slots())
+
     def step_rows(self, rows: jax.Array, gradients: jax.Array, slots: Any, hyper: tuple) -> tuple[jax.Array, Any]:
         """Returns rows and slots after clipping, L2 decay, ``update_rows`` and decoupled decay, in this order.
 
@@ -249,6 +254,12 @@ def map_slots(function: Callable, slots: Any, *others: Any) -> Any:
     """Returns a slots container like ``slots`` holding ``function`` of each slot (and its peers in ``others``)."""
     values = [function(*parts) for parts in zip(slots, *others, strict=True)]
     return slots._make(values) if hasattr(slots, "_make") else tuple(values)
+
+
+def slot_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """Returns the names of the optimizer's slot variables; unnamed ones are slot_0, slot_1, ..."""
+    slots = optimizer.slots()
+    return tuple(getattr(slots, "_fields", (f"slot_{i}" for i in range(len(slots)))))
 
 
 def scalar(value) -> jax.Array:

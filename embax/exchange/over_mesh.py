@@ -1,0 +1,228 @@
+"""Every stack's exchange, over the mesh: arrays of the whole job in, arrays of the whole job out.
+
+Inside of a shard_map (or pmap) over the same axes the caller's arrays are shards already, and the same code runs on them.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from embax import kernels
+from embax.exchange import column, gather, replicated
+from embax.id_batch import StackIds
+from embax.placement import Devices
+from embax.planning import FeaturePlan, Plan, StackPlan
+from embax.row_gradients import RowGradients
+from embax.sharded_tables import slot_specs, table_spec
+from embax.table_state import TableState
+
+_BY_EXCHANGE = {"gather": gather}
+_BY_PLACEMENT = {"column": column, "replicated": replicated}
+
+
+def exchange_of(stack: StackPlan) -> Any:
+    """Returns the exchange of a stack."""
+    return _BY_PLACEMENT.get(stack.placement) or _BY_EXCHANGE[stack.exchange]
+
+
+def lookup(plan: Plan, backend: str, rows: Mapping[str, Any], batch: Mapping[str, StackIds]) -> tuple[dict, dict]:
+    """Returns the activations of every stack's features, and a token for each stack."""
+    devices = _devices(plan)
+
+    def local(rows, batch):
+        activations, tokens = {}, {}
+        for stack in plan.stacks:
+            ids = batch[stack.name].shard(0)
+            whole = exchange_of(stack).lookup(stack, devices, backend, rows[stack.name], ids)
+            tokens[stack.name] = whole[:1, :1]
+            activations[stack.name] = _by_feature(plan, stack, whole, ids.samples)
+        return activations, tokens
+
+    tables = {stack.name: table_spec(stack, devices) for stack in plan.stacks}
+    samples = devices.batch_spec()
+    activations, tokens = _mapped(devices, local, (tables, samples), samples)(dict(rows), dict(batch))
+    return {stack.name: _cut(plan, stack, activations[stack.name], batch) for stack in plan.stacks}, tokens
+
+
+def update(
+    plan: Plan,
+    backend: str,
+    tables: Mapping[str, TableState],
+    batch: Mapping[str, StackIds],
+    tokens: Mapping[str, Any],
+    gradients: Mapping[str, tuple],
+    hyper: Mapping[str, Any],
+) -> dict[str, TableState]:
+    """Returns every stack's state after one step on the rows that the batch touched."""
+    devices = _devices(plan)
+
+    def local(tables, batch, tokens, gradients, hyper):
+        new = {}
+        for stack in plan.stacks:
+            name, exchange = stack.name, exchange_of(stack)
+            args = batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
+            new[name] = exchange.update(stack, devices, backend, tables[name], *args, hyper[name])
+        return new
+
+    states, samples = {stack.name: state_spec(stack, devices) for stack in plan.stacks}, devices.batch_spec()
+    filled = {stack.name: _filled(plan, stack, gradients[stack.name], batch) for stack in plan.stacks}
+    run = _mapped(devices, local, (states, samples, samples, samples, P()), states)
+    return run(dict(tables), dict(batch), dict(tokens), filled, dict(hyper))
+
+
+def row_gradients(
+    plan: Plan,
+    backend: str,
+    batch: Mapping[str, StackIds],
+    tokens: Mapping[str, Any],
+    gradients: Mapping[str, tuple],
+) -> dict[str, RowGradients]:
+    """Returns the gradient of every stack's table, each device's rows where they live.
+
+    Rows have the numbers of the stored table. They are unique, and rise within a device's part, which is filled up with
+    ``stored_rows``.
+    """
+    devices = _devices(plan)
+
+    def local(batch, tokens, gradients):
+        made = {}
+        for stack in plan.stacks:
+            name, exchange = stack.name, exchange_of(stack)
+            args = batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
+            own = exchange.row_gradients(stack, devices, backend, *args)
+            made[name] = RowGradients(_stored_rows(stack, devices, own.rows), own.values, stack.stored_rows)
+        return made
+
+    samples = devices.batch_spec()
+    filled = {stack.name: _filled(plan, stack, gradients[stack.name], batch) for stack in plan.stacks}
+    specs = {stack.name: gradient_spec(stack, devices) for stack in plan.stacks}
+    return _mapped(devices, local, (samples, samples, samples), specs)(dict(batch), dict(tokens), filled)
+
+
+def apply(
+    plan: Plan,
+    backend: str,
+    tables: Mapping[str, TableState],
+    gradients: Mapping[str, RowGradients],
+    hyper: Mapping[str, Any],
+) -> dict[str, TableState]:
+    """Returns the state after one step on the rows of ``gradients``, of the stacks that they name."""
+    devices, kernel = _devices(plan), kernels.get(backend)
+    stacks = [plan.stack(name) for name in gradients]
+
+    def local(tables, gradients, hyper):
+        new = {}
+        for stack in stacks:
+            name, gradient = stack.name, gradients[stack.name]
+            own = RowGradients(_rows_here(stack, devices, gradient.rows), gradient.values, stack.local_rows)
+            if stack.placement == "column":
+                new[name] = column.apply(stack, devices, backend, tables[name], own, hyper[name])
+            else:
+                new[name] = kernel.apply(stack.optimizer, tables[name], own, hyper[name])
+        return new
+
+    states = {stack.name: state_spec(stack, devices) for stack in stacks}
+    specs = {stack.name: gradient_spec(stack, devices) for stack in stacks}
+    own = {stack.name: tables[stack.name] for stack in stacks}
+    return {**tables, **_mapped(devices, local, (states, specs, P()), states)(own, dict(gradients), dict(hyper))}
+
+
+def state_spec(stack: StackPlan, devices: Devices) -> TableState:
+    """Returns how rows and slots of a stack are split."""
+    return TableState(table_spec(stack, devices), slot_specs(stack, devices))
+
+
+def gradient_spec(stack: StackPlan, devices: Devices) -> RowGradients:
+    """Returns how the rows and values of a stack's gradient are split."""
+    values = table_spec(stack, devices)
+    rows = P() if stack.placement == "column" else values
+    return RowGradients(rows, values, stack.stored_rows)  # type: ignore[arg-type]
+
+
+def _devices(plan: Plan) -> Devices:
+    assert plan.devices is not None
+    return plan.devices
+
+
+def _mapped(devices: Devices, local: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    if devices.inside():
+        return local
+    mapped = jax.shard_map(local, mesh=devices.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if not devices.explicit:
+        return mapped
+
+    # Along Explicit axes JAX takes only what is split already; arrays of the host, for one, are not.
+    def split(spec, part):
+        return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, devices.sharding(spec)), part)
+
+    return lambda *args: mapped(*jax.tree.map(split, in_specs, args, is_leaf=lambda leaf: isinstance(leaf, P)))
+
+
+def _stored_rows(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
+    if stack.placement in ("column", "replicated"):
+        return rows
+    first = jax.lax.axis_index(devices.table_axes) * stack.local_rows
+    return jnp.where(rows < stack.local_rows, rows + first, stack.stored_rows)
+
+
+def _rows_here(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
+    if stack.placement in ("column", "replicated"):
+        return rows
+    own = rows - jax.lax.axis_index(devices.table_axes) * stack.local_rows
+    return jnp.where((own >= 0) & (own < stack.local_rows), own, stack.local_rows).astype(jnp.int32)
+
+
+def _by_feature(plan: Plan, stack: StackPlan, whole: jax.Array, samples: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    ends = itertools.accumulate(samples)
+    parts = [whole[end - count : end] for end, count in zip(ends, samples, strict=True)]
+    features = [plan.features[i] for i in stack.features]
+    return tuple(_shaped(part, feature) for part, feature in zip(parts, features, strict=True))
+
+
+def _shaped(part: jax.Array, feature: FeaturePlan) -> jax.Array:
+    return part.reshape(part.shape[0] // feature.samples_per_row, *feature.positions, part.shape[-1])
+
+
+def _joined(stack: StackPlan, gradients: tuple) -> jax.Array:
+    parts = [part.reshape(-1, stack.embedding_dim) for part in gradients]
+    kinds = {part.dtype for part in parts}
+    if len(kinds) > 1:
+        parts = [part.astype(jnp.float32) for part in parts]
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _cut(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
+    """Returns the activations without the samples that only fill the last devices up."""
+    return tuple(
+        part if part.shape[0] == count else _everywhere(plan, part)[:count]
+        for part, count in zip(parts, _batch_sizes(plan, stack, batch), strict=True)
+    )
+
+
+def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
+    """Returns gradients of the samples that only fill up, too: zeros."""
+    ids, devices = batch[stack.name], _devices(plan)
+    shards = 1 if devices.inside() else devices.batch_shards
+    filled = []
+    for part, index, samples in zip(parts, stack.features, ids.samples, strict=True):
+        rows = shards * samples // plan.features[index].samples_per_row
+        missing = rows - part.shape[0]
+        filled.append(jnp.pad(_everywhere(plan, part), [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part)
+    return tuple(filled)
+
+
+def _batch_sizes(plan: Plan, stack: StackPlan, batch: Mapping[str, StackIds]) -> list[int]:
+    devices, ids = _devices(plan), batch[stack.name]
+    shards = 1 if devices.inside() else devices.batch_shards
+    totals = ids.totals or tuple(shards * samples for samples in ids.samples)
+    return [total // plan.features[i].samples_per_row for total, i in zip(totals, stack.features, strict=True)]
+
+
+def _everywhere(plan: Plan, part: jax.Array) -> jax.Array:
+    """Returns ``part`` whole on every device: what is cut unevenly cannot be split evenly."""
+    whole = _devices(plan).sharding(P())
+    return jax.sharding.reshard(part, whole) if _devices(plan).explicit else jax.lax.with_sharding_constraint(part, whole)

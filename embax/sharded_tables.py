@@ -1,0 +1,186 @@
+"""Tables on a mesh: made where they live, block by block; the same values as on one device.
+
+Rows dealt out by row % devices are made so: each device makes one block, cuts it up by owner, and all send their pieces at once.
+No device ever holds more than its shard and a few blocks.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from embax.optimizers.base import map_slots, slot_names
+from embax.placement import Devices
+from embax.planning import StackPlan
+
+
+def part_specs(stack: StackPlan, devices: Devices) -> dict[str, P]:
+    """Returns how "table" and each slot of a stack, by name, are split."""
+    slots = jax.tree.leaves(slot_specs(stack, devices), is_leaf=lambda leaf: isinstance(leaf, P))
+    names = slot_names(stack.optimizer)
+    return {"table": table_spec(stack, devices), **dict(zip(names, slots, strict=True))}
+
+
+def table_spec(stack: StackPlan, devices: Devices) -> P:
+    """Returns how the rows of a stack are split."""
+    axes = devices.table_axes
+    return {"column": P(None, axes), "replicated": P()}.get(stack.placement, P(axes))
+
+
+def slot_specs(stack: StackPlan, devices: Devices) -> Any:
+    """Returns how the slots of a stack are split; a row-wise slot has no columns to split."""
+    rows = table_spec(stack, devices)
+    row_wise = P() if stack.placement == "column" else rows
+    return map_slots(lambda slot: row_wise if slot.row_wise else rows, stack.optimizer.slots())
+
+
+def empty_rows(stack: StackPlan, devices: Devices) -> jax.Array:
+    """Returns rows of zeros, each device's made there."""
+    return _full((stack.stored_rows, stack.embedding_dim), stack.dtype, 0, devices.sharding(table_spec(stack, devices)))
+
+
+def fresh_slots(stack: StackPlan, devices: Devices) -> Any:
+    """Returns the initial slot variables."""
+    shape = (stack.stored_rows, stack.embedding_dim)
+
+    def full(slot, spec):
+        return _full(slot.shape(shape), slot.dtype, slot.initial_value, devices.sharding(spec))
+
+    return map_slots(full, stack.optimizer.slots(), slot_specs(stack, devices))
+
+
+def _full(shape: tuple[int, int], dtype: Any, value: Any, sharding: Any) -> jax.Array:
+    return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=sharding)()
+
+
+def stored(stack: StackPlan, logical: np.ndarray, fill: Any = 0) -> np.ndarray:
+    """Returns rows in the order in which they are stored, from their order in the stack.
+
+    Six rows on 2 devices: 0 2 4 1 3 5.
+    """
+    missing = stack.stored_rows - logical.shape[0]
+    if missing:
+        logical = np.pad(logical, ((0, missing), (0, 0)), constant_values=fill)
+    if stack.placement != "row" or stack.shards == 1:
+        return logical
+    return logical.reshape(stack.local_rows, stack.shards, -1).swapaxes(0, 1).reshape(logical.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def in_order(stack: StackPlan, devices: Devices, spec: P, array: jax.Array) -> jax.Array:
+    """Returns stored rows or slots, split by ``spec``, in the order of the stack and whole on every device."""
+
+    def local(part):
+        for dimension, axes in enumerate(spec):
+            if axes is not None:
+                part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+        if stack.placement != "row" or stack.shards == 1:
+            return part
+        return part.reshape(stack.shards, stack.local_rows, -1).swapaxes(0, 1).reshape(part.shape)
+
+    return jax.shard_map(local, mesh=devices.mesh, in_specs=spec, out_specs=P(), check_vma=False)(array)
+
+
+def placed(array: np.ndarray, spec: P, devices: Devices) -> jax.Array:
+    """Returns an array that every process has, with each device holding its part."""
+    return jax.make_array_from_callback(array.shape, devices.sharding(spec), lambda index: array[index])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def fill_table(
+    stack: StackPlan, devices: Devices, initializer: Any, rows: int, values: jax.Array, key: jax.Array, table: Any
+) -> jax.Array:
+    """Returns ``values`` with the rows of one table initialized, on every device its own.
+
+    Args:
+      stack: the table's.
+      devices: that hold it.
+      initializer: the table's.
+      rows: of a block.
+      values: the stored rows.
+      key: the table's; block b is made with ``fold_in(key, b)``.
+      table: int32: the table's first row in the stack, and its number of rows.
+    """
+    spec = table_spec(stack, devices)
+    made = _Maker(stack, devices, initializer, rows)
+    body = made.dealt if stack.placement == "row" else made.whole
+    mapped = jax.shard_map(body, mesh=devices.mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)
+    return mapped(values, key, table)
+
+
+class _Maker:
+    """Makes blocks on one device; see ``fill_table``."""
+
+    def __init__(self, stack: StackPlan, devices: Devices, initializer: Any, rows: int):
+        self.stack, self.devices, self.initializer, self.rows = stack, devices, initializer, rows
+
+    def block(self, key: jax.Array, number: Any) -> jax.Array:
+        shape, dtype = (self.rows, self.stack.embedding_dim), jnp.dtype(self.stack.dtype)
+        made = self.initializer(jax.random.fold_in(key, number), shape, dtype)
+        if made.shape != shape or made.dtype != dtype:
+            raise ValueError(
+                f"initializer {self.initializer!r} gave {made.dtype}{made.shape} for {dtype}{shape}; it must return an "
+                "array of the shape and dtype it is called with"
+            )
+        return made
+
+    def dealt(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
+        """Makes as many blocks at a time as there are devices, one on each, and deals their rows out."""
+        first, total = table
+        shards, axes = self.stack.shards, self.devices.table_axes
+        share = -(-self.rows // shards)
+        here, places = jax.lax.axis_index(axes), jnp.arange(shards, dtype=jnp.int32)
+
+        def group(turn, values):
+            blocks = turn * shards + places
+            begins = first + blocks * self.rows  # rows of the stack, by maker
+            block = self.block(key, blocks[here])
+            # Of the block made here, device j owns the rows begin, begin + shards, ... from its first one on.
+            own = (places - begins[here]) % shards
+            pieces = block[jnp.minimum(own[:, None] + shards * jnp.arange(share), self.rows - 1)]
+            pieces = jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True)
+            skipped = (here - begins) % shards
+            valid = jnp.clip(total - blocks * self.rows, 0, self.rows)
+            counts = jnp.maximum(-((skipped - valid) // shards), 0)
+            starts = (begins + skipped) // shards
+
+            def write(maker, values):
+                return _written(values, pieces[maker], starts[maker], counts[maker])
+
+            return jax.lax.fori_loop(0, shards, write, values)
+
+        return jax.lax.fori_loop(0, -(-total // (self.rows * shards)), group, values)
+
+    def whole(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
+        """Makes all blocks of the table, and keeps this device's rows or columns."""
+        (first, total), stack = table, self.stack
+        here = jax.lax.axis_index(self.devices.table_axes)
+        mine, start = jnp.bool_(True), first
+        if stack.placement == "table":
+            mine, start = first // stack.local_rows == here, first % stack.local_rows
+
+        def one(number, values):
+            block = self.block(key, number)
+            if stack.placement == "column":
+                block = jax.lax.dynamic_slice_in_dim(block, here * stack.local_dim, stack.local_dim, 1)
+            count = jnp.minimum(total - number * self.rows, self.rows)
+            return _written(values, block, start + number * self.rows, count)
+
+        return jax.lax.fori_loop(0, jnp.where(mine, -(-total // self.rows), 0), one, values)
+
+
+def _written(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
+    """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``."""
+    window = min(block.shape[0], values.shape[0])
+    start = jnp.minimum(first, values.shape[0] - window)
+    source = start - first + jnp.arange(window, dtype=jnp.int32)
+    old = jax.lax.dynamic_slice(values, (start, jnp.int32(0)), (window, values.shape[1]))
+    mine = ((source >= 0) & (source < count))[:, None]
+    new = jnp.where(mine, jnp.take(block, source, axis=0, mode="clip"), old)
+    return jax.lax.dynamic_update_slice(values, new, (start, jnp.int32(0)))
+
+
+written = functools.partial(jax.jit, donate_argnums=0)(_written)

@@ -62,13 +62,15 @@ def _cut(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, xp: Any) -> S
             f'stack "{stack.name}": this process brings {totals} samples for {shards} devices; with several processes '
             "each must bring a multiple of its devices: fill the batch up with empty samples"
         )
-    return StackIds(*made, samples, ids.valencies, totals if filled else None)
+    rows, offsets, gains = made
+    return StackIds(rows, offsets, gains, samples, ids.valencies, totals if filled else None)
 
 
-def _rectangles(stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int], xp: Any) -> tuple:
+def _rectangles(stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int], xp: Any) -> tuple[Any, Any, Any]:
     """Returns ids, offsets and gains of features with one number of ids a sample each: reshaped."""
     rows, gains, at = [], [], 0
     for total, own, valency in zip(ids.samples, samples, ids.valencies, strict=True):
+        assert valency is not None
         count, wanted = total * valency, shards * own * valency
         rows.append(_padded(ids.ids[0, at : at + count], wanted, stack.rows, xp).reshape(shards, -1))
         if ids.gains is not None:
@@ -84,7 +86,9 @@ def _padded(values: Any, size: int, fill: Any, xp: Any) -> Any:
     return values if values.shape[0] == size else xp.pad(values, (0, size - values.shape[0]), constant_values=fill)
 
 
-def _ragged(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int]) -> tuple:
+def _ragged(
+    plan: Plan, stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns ids, offsets and gains where lengths differ: cut at the samples' offsets."""
     offsets, firsts = ids.offsets[0], np.cumsum([0, *ids.samples])
     pieces: list[list[tuple[int, int, np.ndarray]]] = [[] for _ in range(shards)]
@@ -93,7 +97,9 @@ def _ragged(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, samples: S
             first, last = (firsts[feature] + min(own * (shard + more), ids.samples[feature]) for more in (0, 1))
             lengths = np.diff(offsets[first : last + 1])
             valency = ids.valencies[feature] or 0
-            piece.append((offsets[first], offsets[last], np.pad(lengths, (0, own - lengths.size), constant_values=valency)))
+            piece.append(
+                (offsets[first], offsets[last], np.pad(lengths, (0, own - lengths.size), constant_values=valency))
+            )
     capacity = _capacity(plan, stack, ids, [[int(p[2].sum()) for p in piece] for piece in pieces])
     rows = np.full((shards, capacity), stack.rows, np.int32)
     gains = None if ids.gains is None else np.zeros((shards, capacity), np.float32)
@@ -102,7 +108,7 @@ def _ragged(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, samples: S
         at = 0
         for first, last, lengths in piece:
             rows[shard, at : at + last - first] = ids.ids[0, first:last]
-            if gains is not None:
+            if gains is not None and ids.gains is not None:
                 gains[shard, at : at + last - first] = ids.gains[0, first:last]
             at += int(lengths.sum())
         ends[shard, 1:] = np.cumsum(np.concatenate([lengths for _, _, lengths in piece]))

@@ -1,6 +1,7 @@
 """Which devices hold the tables and the batch, and which device holds which row.
 
-A mesh of devices may have several axes. The batch is split along some of them, the tables along some; an axis may do both::
+A mesh of devices may have several axes. The batch is split along some of them, the tables along some; an axis may do
+both::
 
     Devices(mesh)                                             both along every axis
     Devices(mesh, batch_axes="data", table_axes="model")      each data group has the tables once
@@ -128,12 +129,14 @@ def checked_placements(placement: Any, names: Sequence[str], devices: Devices | 
         if placement != "row":
             raise ValueError(f"plan: placement={placement!r} needs devices to place tables on; pass mesh=")
         return dict.fromkeys(names, "row")
-    given = dict(placement) if isinstance(placement, Mapping) else dict.fromkeys(names, placement)
+    given: dict[str, Any] = dict(placement) if isinstance(placement, Mapping) else dict.fromkeys(names, placement)
     for name, value in given.items():
         if name not in names:
             raise ValueError(f'plan: placement names table "{name}", which no feature uses')
         if value not in PLACEMENTS:
-            raise ValueError(f'plan: placement of table "{name}" is {value!r}; it must be one of {", ".join(PLACEMENTS)}')
+            raise ValueError(
+                f'plan: placement of table "{name}" is {value!r}; it must be one of {", ".join(PLACEMENTS)}'
+            )
     return {name: given.get(name, "row") for name in names}
 
 

@@ -172,8 +172,8 @@ def plan(
         "route" (each distinct row once to whoever needs it), "auto" for what moves fewer bytes.
 
     Raises:
-      ValueError: duplicate or differing names, tables that cannot be stacked, more than 2**31 - 2 rows, a placement that
-        the mesh or the table does not allow.
+      ValueError: duplicate or differing names, tables that cannot be stacked, more than 2**31 - 2 rows, a placement
+        that the mesh or the table does not allow.
 
     >>> import jax, embax
     >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
@@ -359,9 +359,7 @@ def _feature_plan(spec: FeatureSpec, stack: str, table: TablePlan, capacity: int
     )
 
 
-def _stack_plan(
-    name: str, laid: _Laid, features: tuple[int, ...], activation_dtype: Any, exchange: str
-) -> StackPlan:
+def _stack_plan(name: str, laid: _Laid, features: tuple[int, ...], activation_dtype: Any, exchange: str) -> StackPlan:
     first = laid.spec
     return StackPlan(
         name=name,

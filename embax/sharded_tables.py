@@ -1,7 +1,7 @@
 """Tables on a mesh: made where they live, block by block; the same values as on one device.
 
-Rows dealt out by row % devices are made so: each device makes one block, cuts it up by owner, and all send their pieces at once.
-No device ever holds more than its shard and a few blocks.
+Rows dealt out by row % devices are made so: each device makes one block, cuts it up by owner, and all send their
+pieces at once. No device ever holds more than its shard and a few blocks.
 """
 
 import functools
@@ -140,7 +140,7 @@ class _Maker:
             block = self.block(key, blocks[here])
             # Of the block made here, device j owns the rows begin, begin + shards, ... from its first one on.
             own = (places - begins[here]) % shards
-            pieces = block[jnp.minimum(own[:, None] + shards * jnp.arange(share), self.rows - 1)]
+            pieces = block[jnp.minimum(own[:, None] + shards * jnp.arange(share)[None], self.rows - 1)]
             pieces = jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True)
             skipped = (here - begins) % shards
             valid = jnp.clip(total - blocks * self.rows, 0, self.rows)

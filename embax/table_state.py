@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import PartitionSpec as P
 
 from embax.optimizers.base import Optimizer, map_slots, slot_names
 from embax.placement import Devices
@@ -300,7 +299,7 @@ def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
 
 
 def _stored_shape(plan: Plan, stack: StackPlan) -> tuple[int, int]:
-    """Returns the shape of a stack's rows where the caller stands: over all devices, or on one inside of a shard_map."""
+    """Returns the shape of a stack's rows where the caller stands: on one device inside of a shard_map, else on all."""
     inside = plan.devices is not None and plan.devices.inside()
     return (stack.local_rows, stack.local_dim) if inside else (stack.stored_rows, stack.embedding_dim)
 

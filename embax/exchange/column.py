@@ -1,8 +1,8 @@
 """Every device has some columns of all rows: no row is hotter on one device than on another.
 
-All ids go to everybody; every device sums its columns for all samples, and a sample's columns come home by ``all_to_all``. Bits are
-those of one device. An optimizer that looks at a whole row (a row-wise slot, clipping, a custom formula) has the touched rows'
-columns brought together, and keeps its own of the result.
+All ids go to everybody; every device sums its columns for all samples, and a sample's columns come home by
+``all_to_all``. Bits are those of one device. An optimizer that looks at a whole row (a row-wise slot, clipping, a
+custom formula) has the touched rows' columns brought together, and keeps its own of the result.
 """
 
 from typing import Any
@@ -86,9 +86,7 @@ def apply(
 
     kinds = stack.optimizer.slots()
     slots = map_slots(lambda kind, old: read(old, kind.row_wise), kinds, state.slots)
-    rows, slots = stack.optimizer.step_rows(
-        read(state.table), whole(gradient.values.astype(jnp.float32)), slots, hyper
-    )
+    rows, slots = stack.optimizer.step_rows(read(state.table), whole(gradient.values.astype(jnp.float32)), slots, hyper)
     rows = reference.narrowed(rows, gradient.rows, state.table.dtype, hyper)
     slots = map_slots(lambda kind, old, new: write(old, new, kind.row_wise), kinds, state.slots, slots)
     return TableState(write(state.table, rows), slots)

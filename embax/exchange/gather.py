@@ -1,14 +1,13 @@
 """Rows dealt out over devices; ids go to everybody, partial sums come home.
 
-Every device sums, for every sample of all devices, the rows that are its own; the partial sums of a sample are added up where the
-sample lives (``psum_scatter``). In the update every device gets all gradients and steps its own rows. A device sends ids and
-one partial sum a sample to every other: little where samples have many ids, or devices are few.
+Every device sums, for every sample of all devices, the rows that are its own; the partial sums of a sample are added
+up where the sample lives (``psum_scatter``). In the update every device gets all gradients and steps its own rows. A
+device sends ids and one partial sum a sample to every other: little where samples have many ids, or devices are few.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange.shards import everybodys, local_stack, own_rows, seeded_here

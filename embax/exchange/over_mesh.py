@@ -1,6 +1,7 @@
 """Every stack's exchange, over the mesh: arrays of the whole job in, arrays of the whole job out.
 
-Inside of a shard_map (or pmap) over the same axes the caller's arrays are shards already, and the same code runs on them.
+Inside of a shard_map (or pmap) over the same axes the caller's arrays are shards already, and the same code runs on
+them.
 """
 
 import itertools
@@ -211,7 +212,9 @@ def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, Stac
     for part, index, samples in zip(parts, stack.features, ids.samples, strict=True):
         rows = shards * samples // plan.features[index].samples_per_row
         missing = rows - part.shape[0]
-        filled.append(jnp.pad(_everywhere(plan, part), [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part)
+        filled.append(
+            jnp.pad(_everywhere(plan, part), [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
+        )
     return tuple(filled)
 
 
@@ -225,4 +228,6 @@ def _batch_sizes(plan: Plan, stack: StackPlan, batch: Mapping[str, StackIds]) ->
 def _everywhere(plan: Plan, part: jax.Array) -> jax.Array:
     """Returns ``part`` whole on every device: what is cut unevenly cannot be split evenly."""
     whole = _devices(plan).sharding(P())
-    return jax.sharding.reshard(part, whole) if _devices(plan).explicit else jax.lax.with_sharding_constraint(part, whole)
+    return (
+        jax.sharding.reshard(part, whole) if _devices(plan).explicit else jax.lax.with_sharding_constraint(part, whole)
+    )

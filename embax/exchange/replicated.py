@@ -1,6 +1,7 @@
 """Every device has the whole table: lookups stay at home, and every device takes the same step.
 
-All ids and all gradients go to everybody, so that each adds them up in the same order: the copies stay equal, bit for bit.
+All ids and all gradients go to everybody, so that each adds them up in the same order: the copies stay equal, bit for
+bit.
 """
 
 from typing import Any

@@ -61,7 +61,7 @@ def everybodys(stack: StackPlan, ids: StackIds, axes: Sequence[str]) -> StackIds
 
 
 def owners(stack: StackPlan, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the device that has each row of the stack, and the row's number there; absent rows have owner ``shards``."""
+    """Returns the device that has each row of the stack, ``shards`` for absent ones, and the row's number there."""
     present = (rows >= 0) & (rows < stack.rows)
     if stack.placement == "table":
         owner, local = rows // stack.local_rows, rows % stack.local_rows

@@ -60,7 +60,9 @@ class FeatureEmbed(nn.Module):
         static = (stack.optimizer, "/".join((*self.path, stack.name)))
         if not self.has_variable("params", stack.name):
             # With a key of its own: the parameter's would change with the stack's name.
-            value = self.param(stack.name, lambda _: Table.tree_unflatten(static, (init_stack_rows(stack, key, self.plan.devices),)))
+            value = self.param(
+                stack.name, lambda _: Table.tree_unflatten(static, (init_stack_rows(stack, key, self.plan.devices),))
+            )
             return Table.tree_unflatten(static, (value,))
         stored = self.get_variable("params", stack.name)
         if isinstance(stored, Prefetched):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange import over_mesh
+from embax.exchange.one_stack import Home
 from embax.id_batch import StackIds
 from embax.lookup import Residuals, activation_shape, samples_of
 from embax.optimizers.base import Optimizer
@@ -110,6 +111,17 @@ def apply_rows(optimizer: Optimizer, state: TableState, gradient: RowGradients, 
             f"{(gradient.vocabulary_size, gradient.values.shape[-1])}"
         )
     return _apply_one(optimizer, kernels.choose().name, state, gradient, _hyper(optimizer, step))
+
+
+def apply_at_home(home: Home, state: TableState, gradient: RowGradients, step: Any = None) -> TableState:
+    """Returns ``apply_rows`` for a table on a mesh: ``gradient`` has the row numbers of the stored array."""
+    backend = kernels.choose().name
+    return _apply_at_home(home, backend, state, gradient, _hyper(home.stack.optimizer, step))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_at_home(home, backend, state, gradient, hyper):
+    return home.apply(backend, state, gradient, hyper)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

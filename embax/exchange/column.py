@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from embax import kernels
-from embax.exchange.shards import everybodys, local_stack, seeded_here
+from embax.exchange.gather import brought_home
+from embax.exchange.shards import everybodys, local_stack, pooled, seeded_here
 from embax.id_batch import StackIds
-from embax.kernels import differentiable, reference
+from embax.kernels import reference
 from embax.optimizers.base import map_slots
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -24,7 +25,7 @@ from embax.table_state import TableState
 def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
     shared = devices.shared_axes
-    (columns,) = differentiable.pool(backend, local_stack(stack), table, everybodys(stack, ids, shared))
+    columns = pooled(backend, local_stack(stack), table, everybodys(stack, ids, shared))
     parts = columns[None]
     if shared:
         columns = columns.reshape(devices.size(shared), sum(ids.samples), stack.local_dim)
@@ -90,6 +91,18 @@ def apply(
     rows = reference.narrowed(rows, gradient.rows, state.table.dtype, hyper)
     slots = map_slots(lambda kind, old, new: write(old, new, kind.row_wise), kinds, state.slots, slots)
     return TableState(write(state.table, rows), slots)
+
+
+def gain_products(
+    stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds, cotangent: jax.Array
+) -> jax.Array:
+    """Returns the derivatives of the gains of this device's ids, from those of its activations."""
+    every, width = everybodys(stack, ids, devices.shared_axes), stack.local_dim
+    if devices.shared_axes:
+        cotangent = jax.lax.all_gather(cotangent, devices.shared_axes, tiled=True)
+    first = jax.lax.axis_index(devices.table_axes) * width
+    cotangent = jax.lax.dynamic_slice_in_dim(cotangent, first, width, 1)
+    return brought_home(devices, kernels.get(backend).row_products(local_stack(stack), table, every, cotangent))
 
 
 def _own_columns(stack: StackPlan, devices: Devices, gradient: jax.Array) -> jax.Array:

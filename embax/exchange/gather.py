@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from embax import kernels
-from embax.exchange.shards import everybodys, local_stack, own_rows, seeded_here
+from embax.exchange.shards import everybodys, local_stack, own_rows, pooled, seeded_here
 from embax.id_batch import StackIds
-from embax.kernels import differentiable
 from embax.placement import Devices
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
@@ -22,12 +21,8 @@ from embax.table_state import TableState
 def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
     every = _own(stack, devices, everybodys(stack, ids, devices.shared_axes))
-    (partial,) = differentiable.pool(backend, local_stack(stack, "float32"), table, every)
-    if devices.table_only_axes:
-        partial = jax.lax.psum(partial, devices.table_only_axes)
-    if devices.shared_axes:
-        partial = jax.lax.psum_scatter(partial, devices.shared_axes, tiled=True)
-    return partial.astype(stack.activation_dtype)
+    partial = pooled(backend, local_stack(stack, "float32"), table, every)
+    return brought_home(devices, partial).astype(stack.activation_dtype)
 
 
 def update(
@@ -54,6 +49,24 @@ def row_gradients(
     every = _own(stack, devices, everybodys(stack, ids, devices.batch_axes))
     gradient = jax.lax.all_gather(gradient, devices.batch_axes, tiled=True)
     return kernels.get(backend).row_gradients(local_stack(stack), every, token, (gradient,))
+
+
+def gain_products(
+    stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds, cotangent: jax.Array
+) -> jax.Array:
+    """Returns the derivatives of the gains of this device's ids, from those of its activations."""
+    every = _own(stack, devices, everybodys(stack, ids, devices.shared_axes))
+    if devices.shared_axes:
+        cotangent = jax.lax.all_gather(cotangent, devices.shared_axes, tiled=True)
+    products = kernels.get(backend).row_products(local_stack(stack), table, every, cotangent)
+    return brought_home(devices, products)
+
+
+def brought_home(devices: Devices, partial: jax.Array) -> jax.Array:
+    """Returns the sums of everybody's partial results, each where its samples live."""
+    if devices.table_only_axes:
+        partial = jax.lax.psum(partial, devices.table_only_axes)
+    return jax.lax.psum_scatter(partial, devices.shared_axes, tiled=True) if devices.shared_axes else partial
 
 
 def _own(stack: StackPlan, devices: Devices, ids: StackIds) -> StackIds:

@@ -4,6 +4,8 @@ Inside of a shard_map (or pmap) over the same axes the caller's arrays are shard
 them.
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from embax import kernels
-from embax.exchange import column, gather, replicated
+from embax.exchange import column, gather, replicated, route
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import FeaturePlan, Plan, StackPlan
@@ -21,7 +23,7 @@ from embax.row_gradients import RowGradients
 from embax.sharded_tables import slot_specs, table_spec
 from embax.table_state import TableState
 
-_BY_EXCHANGE = {"gather": gather}
+_BY_EXCHANGE = {"gather": gather, "route": route}
 _BY_PLACEMENT = {"column": column, "replicated": replicated}
 
 
@@ -31,8 +33,16 @@ def exchange_of(stack: StackPlan) -> Any:
 
 
 def lookup(plan: Plan, backend: str, rows: Mapping[str, Any], batch: Mapping[str, StackIds]) -> tuple[dict, dict]:
-    """Returns the activations of every stack's features, and a token for each stack."""
+    """Returns the activations of every stack's features, and a token for each stack; differentiable in the gains."""
+    gains = {name: ids.gains for name, ids in batch.items()}
+    ungained = {name: dataclasses.replace(ids, gains=None) for name, ids in batch.items()}
+    return _lookup(plan, backend, dict(rows), gains, ungained)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(plan: Plan, backend: str, rows: dict, gains: dict, batch: dict) -> tuple[dict, dict]:
     devices = _devices(plan)
+    batch = {name: dataclasses.replace(ids, gains=gains[name]) for name, ids in batch.items()}
 
     def local(rows, batch):
         activations, tokens = {}, {}
@@ -45,8 +55,58 @@ def lookup(plan: Plan, backend: str, rows: Mapping[str, Any], batch: Mapping[str
 
     tables = {stack.name: table_spec(stack, devices) for stack in plan.stacks}
     samples = devices.batch_spec()
-    activations, tokens = _mapped(devices, local, (tables, samples), samples)(dict(rows), dict(batch))
+    activations, tokens = mapped(devices, local, (tables, samples), samples)(dict(rows), dict(batch))
     return {stack.name: _cut(plan, stack, activations[stack.name], batch) for stack in plan.stacks}, tokens
+
+
+def _forward(plan, backend, rows, gains, batch):
+    if any(leaf.perturbed for leaf in jax.tree.leaves(rows, is_leaf=_is_primal)):
+        raise NotImplementedError(
+            "a plain jax.grad with respect to tables on a mesh would be as large as they are; differentiate with "
+            "respect to the activations and call embax.update, or use embax.value_and_grad"
+        )
+    wanted = any(leaf.perturbed for leaf in jax.tree.leaves(gains, is_leaf=_is_primal))
+    rows, gains, batch = jax.tree.map(lambda leaf: leaf.value, (rows, gains, batch), is_leaf=_is_primal)
+    kept = (rows, gains, batch) if wanted else None
+    return _lookup(plan, backend, rows, gains, batch), kept
+
+
+def _backward(plan, backend, kept, cotangents):
+    if kept is None:
+        return None, None, None
+    rows, gains, batch = kept
+    devices = _devices(plan)
+    activations = jax.tree.map(_as_array, cotangents[0], is_leaf=_is_zero)
+    filled = {stack.name: _filled(plan, stack, activations[stack.name], batch) for stack in plan.stacks}
+
+    def local(rows, batch, cotangents):
+        made = {}
+        for stack in plan.stacks:
+            name = stack.name
+            own = batch[name].shard(0), _joined(stack, cotangents[name]).astype(jnp.float32)
+            if gains[name] is not None:
+                products = exchange_of(stack).gain_products(stack, devices, backend, rows[name], *own)
+                made[name] = products[None]
+        return made
+
+    tables, samples = {stack.name: table_spec(stack, devices) for stack in plan.stacks}, devices.batch_spec()
+    made = mapped(devices, local, (tables, samples, samples), samples)(rows, batch, filled)
+    return None, {name: made.get(name) for name in gains}, None
+
+
+_lookup.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    return jnp.zeros(leaf.shape, leaf.dtype) if _is_zero(leaf) else leaf
 
 
 def update(
@@ -71,7 +131,7 @@ def update(
 
     states, samples = {stack.name: state_spec(stack, devices) for stack in plan.stacks}, devices.batch_spec()
     filled = {stack.name: _filled(plan, stack, gradients[stack.name], batch) for stack in plan.stacks}
-    run = _mapped(devices, local, (states, samples, samples, samples, P()), states)
+    run = mapped(devices, local, (states, samples, samples, samples, P()), states)
     return run(dict(tables), dict(batch), dict(tokens), filled, dict(hyper))
 
 
@@ -101,7 +161,7 @@ def row_gradients(
     samples = devices.batch_spec()
     filled = {stack.name: _filled(plan, stack, gradients[stack.name], batch) for stack in plan.stacks}
     specs = {stack.name: gradient_spec(stack, devices) for stack in plan.stacks}
-    return _mapped(devices, local, (samples, samples, samples), specs)(dict(batch), dict(tokens), filled)
+    return mapped(devices, local, (samples, samples, samples), specs)(dict(batch), dict(tokens), filled)
 
 
 def apply(
@@ -119,7 +179,7 @@ def apply(
         new = {}
         for stack in stacks:
             name, gradient = stack.name, gradients[stack.name]
-            own = RowGradients(_rows_here(stack, devices, gradient.rows), gradient.values, stack.local_rows)
+            own = RowGradients(rows_here(stack, devices, gradient.rows), gradient.values, stack.local_rows)
             if stack.placement == "column":
                 new[name] = column.apply(stack, devices, backend, tables[name], own, hyper[name])
             else:
@@ -129,7 +189,7 @@ def apply(
     states = {stack.name: state_spec(stack, devices) for stack in stacks}
     specs = {stack.name: gradient_spec(stack, devices) for stack in stacks}
     own = {stack.name: tables[stack.name] for stack in stacks}
-    return {**tables, **_mapped(devices, local, (states, specs, P()), states)(own, dict(gradients), dict(hyper))}
+    return {**tables, **mapped(devices, local, (states, specs, P()), states)(own, dict(gradients), dict(hyper))}
 
 
 def state_spec(stack: StackPlan, devices: Devices) -> TableState:
@@ -149,7 +209,8 @@ def _devices(plan: Plan) -> Devices:
     return plan.devices
 
 
-def _mapped(devices: Devices, local: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+def mapped(devices: Devices, local: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """Returns ``local`` as a function of whole arrays; as it is inside of a shard_map."""
     if devices.inside():
         return local
     mapped = jax.shard_map(local, mesh=devices.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -170,7 +231,8 @@ def _stored_rows(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Arr
     return jnp.where(rows < stack.local_rows, rows + first, stack.stored_rows)
 
 
-def _rows_here(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
+def rows_here(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
+    """Returns the numbers that stored rows have on this device, ``local_rows`` where they are another's."""
     if stack.placement in ("column", "replicated"):
         return rows
     own = rows - jax.lax.axis_index(devices.table_axes) * stack.local_rows
@@ -181,10 +243,11 @@ def _by_feature(plan: Plan, stack: StackPlan, whole: jax.Array, samples: tuple[i
     ends = itertools.accumulate(samples)
     parts = [whole[end - count : end] for end, count in zip(ends, samples, strict=True)]
     features = [plan.features[i] for i in stack.features]
-    return tuple(_shaped(part, feature) for part, feature in zip(parts, features, strict=True))
+    return tuple(shaped(part, feature) for part, feature in zip(parts, features, strict=True))
 
 
-def _shaped(part: jax.Array, feature: FeaturePlan) -> jax.Array:
+def shaped(part: jax.Array, feature: FeaturePlan) -> jax.Array:
+    """Returns a feature's activations, one a sample, in the feature's shape."""
     return part.reshape(part.shape[0] // feature.samples_per_row, *feature.positions, part.shape[-1])
 
 
@@ -198,10 +261,13 @@ def _joined(stack: StackPlan, gradients: tuple) -> jax.Array:
 
 def _cut(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
     """Returns the activations without the samples that only fill the last devices up."""
-    return tuple(
-        part if part.shape[0] == count else _everywhere(plan, part)[:count]
-        for part, count in zip(parts, _batch_sizes(plan, stack, batch), strict=True)
-    )
+    counts = _batch_sizes(plan, stack, batch)
+    return tuple(cut(_devices(plan), part, count) for part, count in zip(parts, counts, strict=True))
+
+
+def cut(devices: Devices, part: jax.Array, count: int) -> jax.Array:
+    """Returns the first ``count`` samples; whole on every device if they cannot be split evenly."""
+    return part if part.shape[0] == count else everywhere(devices, part)[:count]
 
 
 def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
@@ -212,9 +278,9 @@ def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, Stac
     for part, index, samples in zip(parts, stack.features, ids.samples, strict=True):
         rows = shards * samples // plan.features[index].samples_per_row
         missing = rows - part.shape[0]
-        filled.append(
-            jnp.pad(_everywhere(plan, part), [(0, missing)] + [(0, 0)] * (part.ndim - 1)) if missing else part
-        )
+        if missing:
+            part = jnp.pad(everywhere(devices, part), [(0, missing)] + [(0, 0)] * (part.ndim - 1))
+        filled.append(part)
     return tuple(filled)
 
 
@@ -225,9 +291,7 @@ def _batch_sizes(plan: Plan, stack: StackPlan, batch: Mapping[str, StackIds]) ->
     return [total // plan.features[i].samples_per_row for total, i in zip(totals, stack.features, strict=True)]
 
 
-def _everywhere(plan: Plan, part: jax.Array) -> jax.Array:
+def everywhere(devices: Devices, part: jax.Array) -> jax.Array:
     """Returns ``part`` whole on every device: what is cut unevenly cannot be split evenly."""
-    whole = _devices(plan).sharding(P())
-    return (
-        jax.sharding.reshard(part, whole) if _devices(plan).explicit else jax.lax.with_sharding_constraint(part, whole)
-    )
+    whole = devices.sharding(P())
+    return jax.sharding.reshard(part, whole) if devices.explicit else jax.lax.with_sharding_constraint(part, whole)

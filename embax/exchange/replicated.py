@@ -9,9 +9,8 @@ from typing import Any
 import jax
 
 from embax import kernels
-from embax.exchange.shards import everybodys, local_stack, together
+from embax.exchange.shards import everybodys, local_stack, pooled, together
 from embax.id_batch import StackIds
-from embax.kernels import differentiable
 from embax.placement import Devices
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
@@ -20,7 +19,7 @@ from embax.table_state import TableState
 
 def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
-    return differentiable.pool(backend, local_stack(stack), table, together(ids))[0]
+    return pooled(backend, local_stack(stack), table, together(ids))
 
 
 def update(
@@ -46,3 +45,10 @@ def row_gradients(
     every = everybodys(stack, ids, devices.batch_axes)
     gradient = jax.lax.all_gather(gradient, devices.batch_axes, tiled=True)
     return kernels.get(backend).row_gradients(local_stack(stack), every, token, (gradient,))
+
+
+def gain_products(
+    stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds, cotangent: jax.Array
+) -> jax.Array:
+    """Returns the derivatives of the gains of this device's ids, from those of its activations."""
+    return kernels.get(backend).row_products(local_stack(stack), table, together(ids), cotangent)

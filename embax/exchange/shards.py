@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from embax import kernels
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -31,6 +32,13 @@ def local_stack(stack: StackPlan, activation_dtype: str | None = None) -> StackP
         placement="row",
         shards=1,
     )
+
+
+def pooled(backend: str, stack: StackPlan, table: Any, ids: StackIds) -> jax.Array:
+    """Returns the activations of ids of one feature; rows that are no plain array (quantized ones) pool themselves."""
+    if hasattr(table, "lookup_pooled"):
+        return table.lookup_pooled(stack, backend, ids)[0]
+    return kernels.get(backend).gather_pool(stack, table, ids)[0]
 
 
 def together(ids: StackIds) -> StackIds:

@@ -1,5 +1,7 @@
 """``value_and_grad``: a loss over any pytree in which some leaves are tables; their gradients come as rows."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,7 +140,7 @@ def _with_value(leaf: Any, value: Any) -> Any:
     if isinstance(leaf, Table):
         return leaf.with_value(value)
     if isinstance(leaf, Prefetched):
-        return Prefetched(leaf.rows, value, leaf.vocabulary_size, leaf.name)
+        return dataclasses.replace(leaf, values=value)
     return value
 
 
@@ -156,7 +158,9 @@ def _is_record(node: Any) -> bool:
 
 def _tap(record: Record) -> jax.Array:
     like = record.activations
-    return varying_with(jnp.zeros(like.shape, like.dtype), like)
+    # Along Explicit mesh axes the sharding is part of the type that a cotangent must have.
+    zeros = jax.lax.full(like.shape, 0, like.dtype, sharding=getattr(like, "sharding", None))
+    return varying_with(zeros, like)
 
 
 def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGradients:
@@ -164,7 +168,7 @@ def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGrad
     total, width = math.prod(table.shape[:-1]), table.shape[-1]
     pairs = zip(jax.tree.leaves(records, is_leaf=_is_record), jax.tree.leaves(taps), strict=True)
     found = [(r, c.reshape(-1, width)) for r, c in pairs if r.root == index and r.rows.size and c.size]
-    sum_rows = kernels.get(kernels.choose().name).sum_rows
+    sum_rows = functools.partial(_summed, table.home)
     if not found:
         return sum_rows(jnp.zeros(0, jnp.int32), jnp.zeros((0, width), jnp.float32), None, None, total)
     rows, places, first = [], [], 0
@@ -177,6 +181,19 @@ def _row_gradients(index: int, table: Table, records: Any, taps: Any) -> RowGrad
     place = jnp.concatenate(places) if pooled else None
     gains, cotangent = _joined([record.gains for record, _ in found], rows), jnp.concatenate([c for _, c in found])
     return sum_rows(jnp.concatenate(rows), cotangent, place, gains, total)
+
+
+def _summed(home: Any, rows: jax.Array, values: jax.Array, samples: Any, gains: Any, total: int) -> RowGradients:
+    """Returns the row gradients of occurrences; of a table on a mesh on every device."""
+    sum_rows = kernels.get(kernels.choose().name).sum_rows
+    if home is None:
+        return sum_rows(rows, values, samples, gains, total)
+
+    def everywhere(rows, values, samples, gains):
+        made = sum_rows(rows, values, samples, gains, total)
+        return made.rows, made.values
+
+    return RowGradients(*home.everywhere(everywhere, rows, values, samples, gains), total)
 
 
 def _activation_of(record: Record, first: int, count: int) -> jax.Array:

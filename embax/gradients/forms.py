@@ -33,6 +33,10 @@ class Form(abc.ABC):
     def gather(self, table: jax.Array, *operands: jax.Array) -> jax.Array:
         """Returns the activations."""
 
+    def token(self, activations: jax.Array) -> jax.Array:
+        """Returns one activation: what needs it comes after the lookup."""
+        return jnp.ravel(activations)[:1]
+
     @abc.abstractmethod
     def gains_cotangent(self, table: jax.Array, *operands_and_cotangent: jax.Array) -> jax.Array:
         """Returns the cotangent of the gains; operands without the gains, then the activations' cotangent."""

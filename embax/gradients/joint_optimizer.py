@@ -13,7 +13,7 @@ from embax.gradients.norms import clip_by_global_norm
 from embax.gradients.table import Prefetched, Table
 from embax.row_gradients import RowGradients, check_rows
 from embax.table_state import TableState, init_slots
-from embax.update import apply_rows
+from embax.update import apply_at_home, apply_rows
 
 
 class JointState(NamedTuple):
@@ -140,7 +140,7 @@ class JointOptimizer:
         dense, dense_state = self._dense(dense, dense_gradients, state.dense, ready, extra)
         new, slots = [], []
         for table, old, gradient in zip(tables, state.slots, rows, strict=True):
-            stepped = apply_rows(table.optimizer, TableState(_flat(table.value), old), gradient, state.step)
+            stepped = apply_to(table, TableState(_flat(table.value), old), gradient, state.step)
             new.append(table.with_value(stepped.table.reshape(table.shape)))
             slots.append(stepped.slots)
         count = jnp.int32(1) if ready is None else ready.astype(jnp.int32)
@@ -163,7 +163,10 @@ class JointOptimizer:
 
 def fresh_slots(tables: list[Table]) -> tuple:
     """Returns the slot variables of ``tables`` at the start."""
-    return tuple(init_slots(table.optimizer, _flat(table.value)).slots for table in tables)
+    return tuple(
+        init_slots(table.optimizer, _flat(table.value)).slots if table.home is None else table.home.fresh_slots()
+        for table in tables
+    )
 
 
 def is_a_table(leaf: Any) -> bool:
@@ -206,6 +209,13 @@ def _split_gradients(params: Any, gradients: Any) -> tuple[list[RowGradients], A
             rows.append(part)
             parts[index] = None
     return rows, jax.tree.unflatten(structure, parts)
+
+
+def apply_to(table: Table, state: TableState, gradient: RowGradients, step: Any) -> TableState:
+    """Returns a table's state after one step on the rows of ``gradient``, wherever the table lies."""
+    if table.home is None:
+        return apply_rows(table.optimizer, state, gradient, step)
+    return apply_at_home(table.home, state, gradient, step)
 
 
 def _check_gradient(table: Table, gradient: RowGradients) -> None:

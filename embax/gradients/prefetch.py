@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from embax.exchange.one_stack import Home
 from embax.gradients.doors import is_table, path_name
 from embax.gradients.table import Prefetched, Table
 from embax.id_batch import IdBatch
@@ -52,6 +53,8 @@ def prefetch(tree: Any, ids: Any) -> Any:
 def prefetch_table(name: str, table: Table, ids: Any) -> Prefetched:
     """Returns the distinct rows of one table that are among ``ids``, a pytree of integer arrays."""
     size, width = table.shape[-2:]
+    if table.home is not None:
+        return _prefetched_home(name, table, table.home, jax.tree.leaves(ids))
     parts = [rows_of(part, size).reshape(-1) for part in jax.tree.leaves(ids)]
     rows = distinct(jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.int32), size)
     flat = table.value.reshape(-1, size, width)
@@ -61,6 +64,15 @@ def prefetch_table(name: str, table: Table, ids: Any) -> Prefetched:
     # An update by these rows must come after this read, or XLA copies the table.
     rows = jnp.broadcast_to(after(rows, values), (*layers, *rows.shape))
     return Prefetched(rows, values.reshape(*rows.shape, width), size, name)
+
+
+def _prefetched_home(name: str, table: Table, home: Home, ids: list) -> Prefetched:
+    """Returns the distinct rows of a table on a mesh, on every device."""
+    size = table.shape[0]
+    rows = jnp.concatenate([home.stored_numbers(part).reshape(-1) for part in ids])
+    rows = home.everywhere(lambda rows: distinct(rows, size), rows)
+    values = home.rows_at(table.value, rows)
+    return Prefetched(after(rows, values), values, size, name, home)
 
 
 def distinct(rows: jax.Array, size: int) -> jax.Array:

@@ -29,7 +29,7 @@ def _lookup(walk: Walk, eqn: Any, values: list, tap: Any) -> tuple[list, Any]:
     if walk.tick is not None:
         return [_ticked(form.gather(rows, *operands), walk.tick)], []
     activations: Any = form.gather(rows, *operands) if tap is None else _tapped(form, rows, tap, operands)
-    token = jnp.ravel(activations)[:1].astype(jnp.float32)
+    token = form.token(activations).astype(jnp.float32)
     places, samples, gains = form.occurrences(operands)
     return [activations], Record(places, samples, gains, token, activations if tap is None else None, ref.root)
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from embax.exchange.one_stack import Home
 from embax.gradients.forms import Pool, Take
+from embax.gradients.mesh_form import MeshPool
 from embax.gradients.primitive import SparseGradientError, lookup, whole
 from embax.id_batch import StackIds
 from embax.kernels import differentiable
@@ -31,6 +33,7 @@ class Table:
       value: float ``[vocabulary_size, embedding_dim]``; leading axes are layers.
       optimizer: of the rows, such as ``embax.Adagrad(0.1)``.
       name: for messages, and for ``prefetch``; None for the path in its pytree.
+      home: the stack and the devices of a table on a mesh; layers fill it in.
 
     Raises:
       TypeError: an optimizer that is not an ``embax.Optimizer``, or values that are not floating point.
@@ -47,6 +50,7 @@ class Table:
     value: Any
     optimizer: Optimizer
     name: str | None = None
+    home: Home | None = None
 
     def __post_init__(self):
         if not isinstance(self.optimizer, Optimizer):
@@ -83,6 +87,10 @@ class Table:
                 f'table "{self.name}" {list(self.shape)} is {self.shape[0]} layers; look up in one layer: scan or vmap '
                 "over the table"
             )
+        if self.home is not None:
+            raise NotImplementedError(
+                f'table "{self.name}": it lies on a mesh, in the order of its owners; look up through its FeatureEmbed'
+            )
         form = Take(self.name or "unnamed")
         return lookup(form, self.value, sentinel, rows_of(ids, self.shape[-2]))
 
@@ -90,6 +98,9 @@ class Table:
         """Returns the activations of a stack whose rows these are."""
         sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
         gains = () if ids.gains is None else (ids.gains,)
+        if self.home is not None:
+            form = MeshPool(self.name or stack.name, self.home, backend, ids.samples, ids.valencies, bool(gains))
+            return lookup(form, self.value, sentinel, ids.ids, ids.offsets, *gains)
         form = Pool(self.name or stack.name, stack, backend, ids.samples, ids.valencies, bool(gains))
         return lookup(form, self.value, sentinel, ids.ids, ids.offsets, *gains)
 
@@ -104,19 +115,19 @@ class Table:
 
     def tree_flatten_with_keys(self):
         """Returns the value as the only leaf."""
-        return [(jax.tree_util.GetAttrKey("value"), self.value)], (self.optimizer, self.name)
+        return [(jax.tree_util.GetAttrKey("value"), self.value)], (self.optimizer, self.name, self.home)
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
         """Returns a table of whatever the leaf has become; nothing is checked."""
         table = object.__new__(cls)
-        for field, value in zip(("value", "optimizer", "name"), (*leaves, *static), strict=True):
+        for field, value in zip(("value", "optimizer", "name", "home"), (*leaves, *static), strict=True):
             object.__setattr__(table, field, value)
         return table
 
     def with_value(self, value: Any, name: str | None = None) -> "Table":
         """Returns the table with another value, and with ``name`` if it had none; nothing is checked."""
-        return self.tree_unflatten((self.optimizer, self.name or name), (value,))
+        return self.tree_unflatten((self.optimizer, self.name or name, self.home), (value,))
 
 
 @jax.tree_util.register_dataclass
@@ -132,12 +143,14 @@ class Prefetched:
       values: ``[capacity, embedding_dim]``: differentiate with respect to these.
       vocabulary_size: rows of the table (static).
       name: the table's (static).
+      home: of a table on a mesh (static); rows and vocabulary_size are then those of the stored array.
     """
 
     rows: Any
     values: Any
     vocabulary_size: int = dataclasses.field(metadata={"static": True})
     name: str | None = dataclasses.field(default=None, metadata={"static": True})
+    home: Home | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __getitem__(self, ids: Any) -> jax.Array:
         """Returns the rows at ``ids``, as ``embax.take``."""
@@ -152,11 +165,14 @@ class Prefetched:
         """Returns the activations of a stack whose rows these are; a sample with an id that is not here is NaN."""
         del sentinel
         capacity, present = self.rows.shape[-1], (ids.ids >= 0) & (ids.ids < stack.rows)
-        places = self.places(jnp.where(present, ids.ids, stack.rows))
+        stored = jnp.where(present, ids.ids, stack.rows) if self.home is None else self.home.stored_numbers(ids.ids)
+        places = self.places(stored)
         # Row `capacity` is NaN, for what was not prefetched; one past that is absent, as ever.
         values = jnp.concatenate([self.values, jnp.full_like(self.values[:1], jnp.nan, shape=(1, stack.embedding_dim))])
         stack = dataclasses.replace(stack, rows=capacity + 1)
         ids = dataclasses.replace(ids, ids=jnp.where(present, places, capacity + 1))
+        if self.home is not None:
+            return self.home.lookup_among(backend, values, ids)
         return jnp.concatenate(differentiable.gather_pool(backend, stack, values, ids))
 
     def whole(self, sentinel: Any = None) -> jax.Array:

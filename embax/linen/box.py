@@ -22,7 +22,7 @@ class Table(TableLeaf, AxisMetadata):
 
     def replace_boxed(self, val: Any) -> "Table":
         """Returns the box around another array."""
-        return self.tree_unflatten((self.optimizer, self.name), (val,))
+        return self.tree_unflatten((self.optimizer, self.name, self.home), (val,))
 
     def add_axis(self, index: int, params: Any) -> "Table":
         """Returns the box: the layers of ``nn.scan`` and ``nn.vmap`` are a leading axis of the array."""

@@ -50,7 +50,7 @@ class Embed(nn.Embed):
         self.embedding = self.param(
             "embedding", _boxed(self.embedding_init, self.optimizer, name), shape, self.param_dtype
         )
-        self.rows = Table.tree_unflatten((self.optimizer, name), (self.embedding,))
+        self.rows = Table.tree_unflatten((self.optimizer, name, None), (self.embedding,))
 
     def __call__(self, inputs: jax.Array) -> Any:
         """Returns the rows at ``inputs``, integers of any shape: ``inputs.shape + (features,)``.
@@ -90,6 +90,6 @@ class Embed(nn.Embed):
 
 def _boxed(init: Any, optimizer: Any, name: str) -> Any:
     def boxed(*args):
-        return Table.tree_unflatten((optimizer, name), (init(*args),))
+        return Table.tree_unflatten((optimizer, name, None), (init(*args),))
 
     return boxed

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import FrozenDict, unfreeze
 
-from embax.gradients.features import lookup_features
+from embax.gradients.features import home_of, lookup_features
 from embax.gradients.table import Prefetched
 from embax.linen.box import Table
 from embax.planning import Plan, as_plan
@@ -19,7 +19,7 @@ class FeatureEmbed(nn.Module):
     Attributes:
       features: FeatureSpecs in dicts, or a Plan (Linen turns lists in a module's attributes into tuples: with lists
         give a Plan); the tables' optimizers are those of their TableSpecs.
-      settings: as for ``embax.plan``: stacks, capacity, activation_dtype, backend.
+      settings: as for ``embax.plan``: mesh, placement, stacks, capacity, activation_dtype, backend, exchange.
 
     >>> import jax, jax.numpy as jnp, embax, embax.linen
     >>> item = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
@@ -57,7 +57,7 @@ class FeatureEmbed(nn.Module):
         return lookup_features(plan, tables, ids, weights)
 
     def _rows(self, stack: Any, key: Any) -> Table | Prefetched:
-        static = (stack.optimizer, "/".join((*self.path, stack.name)))
+        static = (stack.optimizer, "/".join((*self.path, stack.name)), home_of(self.plan, stack))
         if not self.has_variable("params", stack.name):
             # With a key of its own: the parameter's would change with the stack's name.
             value = self.param(

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from embax.gradients.features import lookup_features
+from embax.gradients.features import home_of, lookup_features
 from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, leaf, sentinel
 from embax.planning import as_plan
 from embax.table_state import init_rows
@@ -17,7 +17,7 @@ class FeatureEmbed(nnx.Module):
       features: FeatureSpecs in any pytree, as for ``embax.plan``, or a Plan; the tables' optimizers are those of their
         TableSpecs.
       rngs: for the initial values, those of ``embax.init``.
-      settings: as for ``embax.plan``: stacks, capacity, activation_dtype, backend.
+      settings: as for ``embax.plan``: mesh, placement, stacks, capacity, activation_dtype, backend, exchange.
 
     Attributes:
       plan: the ``embax.Plan``, for ``embax.preprocess``.
@@ -40,8 +40,10 @@ class FeatureEmbed(nnx.Module):
     def __init__(self, features: Any, *, rngs: Any, **settings: Any):
         self.plan = as_plan(features, settings)
         rows = init_rows(self.plan, rngs.params())
-        optimizers = {stack.name: stack.optimizer for stack in self.plan.stacks}
-        self.tables = nnx.Dict({name: Table(rows[name], optimizer=optimizers[name]) for name in rows})
+        made = {}
+        for stack in self.plan.stacks:
+            made[stack.name] = Table(rows[stack.name], optimizer=stack.optimizer, home=home_of(self.plan, stack))
+        self.tables = nnx.Dict(made)
         self.prefetched_rows = nnx.Dict({})
         self.sentinel = sentinel()
 

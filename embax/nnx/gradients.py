@@ -127,7 +127,7 @@ def prefetch(model: Any, ids: Any) -> Any:
     for name, wanted in ids_by_table(ids, list(places)).items():
         module, key, variable = places[name]
         made = prefetch_table(name, table_leaf(variable, name), wanted)
-        rows = PrefetchedRows(made.rows, vocabulary_size=made.vocabulary_size, table_name=name)
+        rows = PrefetchedRows(made.rows, vocabulary_size=made.vocabulary_size, table_name=name, home=made.home)
         module.set_prefetched(key, PrefetchedValues(made.values, table_name=name), rows)
     return small
 

@@ -14,7 +14,10 @@ from embax.gradients.table import Table as TableLeaf
 
 
 class Table(nnx.Variable):
-    """The rows of a table, ``[vocabulary_size, embedding_dim]``; its metadata ``optimizer`` steps them."""
+    """The rows of a table, ``[vocabulary_size, embedding_dim]``.
+
+    Its metadata: ``optimizer`` steps the rows, ``home`` says where they lie on a mesh.
+    """
 
     def table_arrays(self) -> list[Any]:
         """Returns the array, for ``check_step``."""
@@ -90,14 +93,16 @@ def leaf(variable: Any, rows: Any, name: str) -> TableLeaf | Prefetched:
       name: of the table.
     """
     if isinstance(variable, PrefetchedValues):
-        return Prefetched(rows.get_value(), variable.get_value(), rows.get_metadata("vocabulary_size"), name)
+        home = rows.get_metadata("home", None)
+        return Prefetched(rows.get_value(), variable.get_value(), rows.get_metadata("vocabulary_size"), name, home)
     return table_leaf(variable, name)
 
 
 def table_leaf(variable: Table, name: str) -> TableLeaf:
     """Returns a Table variable as the core's Table."""
     optimizer = variable.get_metadata("optimizer")
-    return TableLeaf.tree_unflatten((optimizer, name), (variable.get_value(),))
+    home = variable.get_metadata("home", None)
+    return TableLeaf.tree_unflatten((optimizer, name, home), (variable.get_value(),))
 
 
 def with_value(variable: Any, value: Any) -> Any:

@@ -1,0 +1,165 @@
+"""One stack on its devices, for tables that models hold: what the doors to row gradients need.
+
+Row gradients of such a table have the row numbers of the stored array, and every device has all of them: a model's
+gradients are clipped, accumulated and averaged as one thing. Each device steps its own rows of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from embax import kernels, sharded_tables
+from embax.exchange import column, over_mesh
+from embax.exchange.shards import local_stack, owners, pooled, together
+from embax.id_batch import StackIds
+from embax.placement import Devices
+from embax.planning import FeaturePlan, StackPlan
+from embax.row_gradients import RowGradients
+from embax.table_state import TableState
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where a table lives: its stack and the devices."""
+
+    stack: StackPlan
+    devices: Devices
+
+    def lookup(self, backend: str, table: jax.Array, ids: StackIds) -> jax.Array:
+        """Returns the activations ``[shards, samples, embedding_dim]`` of all features together."""
+
+        def local(table, ids):
+            exchange = over_mesh.exchange_of(self.stack)
+            return exchange.lookup(self.stack, self.devices, backend, table, ids.shard(0))[None]
+
+        samples = self.devices.batch_spec()
+        return over_mesh.mapped(self.devices, local, (self._table_spec(), samples), samples)(table, ids)
+
+    def lookup_among(self, backend: str, values: jax.Array, ids: StackIds) -> jax.Array:
+        """Returns ``lookup`` in a small table that every device has whole; differentiable in its values."""
+        return _among(self, backend, values, ids)
+
+    def token(self, activations: jax.Array) -> jax.Array:
+        """Returns one activation of each shard, on every device."""
+        spec = self.devices.batch_spec()
+        own = over_mesh.mapped(self.devices, lambda part: part.ravel()[:1], (spec,), spec)(activations)
+        return over_mesh.everywhere(self.devices, own)[:1]
+
+    def gain_products(self, backend: str, table: jax.Array, ids: StackIds, cotangent: jax.Array) -> jax.Array:
+        """Returns the derivatives of the gains, ``[shards, capacity]``, from those of ``lookup``."""
+
+        def local(table, ids, cotangent):
+            exchange = over_mesh.exchange_of(self.stack)
+            own = ids.shard(0), cotangent[0].astype(jnp.float32)
+            return exchange.gain_products(self.stack, self.devices, backend, table, *own)[None]
+
+        samples = self.devices.batch_spec()
+        run = over_mesh.mapped(self.devices, local, (self._table_spec(), samples, samples), samples)
+        return run(table, ids, cotangent)
+
+    def by_feature(self, activations: jax.Array, features: Sequence[FeaturePlan], ids: StackIds) -> list[jax.Array]:
+        """Returns each feature's part of ``lookup``, without samples that only fill up."""
+
+        def local(whole):
+            parts, first = [], 0
+            for feature, count in zip(features, ids.samples, strict=True):
+                parts.append(over_mesh.shaped(whole[0, first : first + count], feature))
+                first += count
+            return parts
+
+        spec = self.devices.batch_spec()
+        parts = over_mesh.mapped(self.devices, local, (spec,), spec)(activations)
+        if ids.totals is None:
+            return parts
+        counts = [n // feature.samples_per_row for n, feature in zip(ids.totals, features, strict=True)]
+        return [over_mesh.cut(self.devices, part, count) for part, count in zip(parts, counts, strict=True)]
+
+    def stored_numbers(self, rows: jax.Array) -> jax.Array:
+        """Returns the rows of the stored array that hold int32 ``rows`` of the stack, ``stored_rows`` for none."""
+        if self.stack.placement in ("column", "replicated"):
+            return jnp.where((rows >= 0) & (rows < self.stack.rows), rows, self.stack.stored_rows)
+        owner, local = owners(self.stack, rows)
+        present = owner < self.stack.shards
+        return jnp.where(present, owner * self.stack.local_rows + local, self.stack.stored_rows)
+
+    def rows_at(self, table: jax.Array, rows: jax.Array) -> jax.Array:
+        """Returns the stored ``rows`` ``[n]`` on every device, zeros where there is none."""
+        stack, axes = self.stack, self.devices.table_axes
+
+        def local(table, rows):
+            own = over_mesh.rows_here(stack, self.devices, rows)
+            found = jnp.take(table, own, axis=0, mode="fill", fill_value=0)
+            if stack.placement == "column":
+                return jax.lax.all_gather(found, axes, axis=1, tiled=True)
+            return found if stack.placement == "replicated" else jax.lax.psum(found, axes)
+
+        return over_mesh.mapped(self.devices, local, (self._table_spec(), P()), P())(table, rows)
+
+    def everywhere(self, function: Callable, *arrays: Any) -> Any:
+        """Returns ``function(*arrays)``, computed on every device from whole arrays."""
+        return over_mesh.mapped(self.devices, function, (P(),) * len(arrays), P())(*arrays)
+
+    def fresh_slots(self) -> Any:
+        """Returns the initial slot variables."""
+        return sharded_tables.fresh_slots(self.stack, self.devices)
+
+    def apply(self, backend: str, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
+        """Returns the state after one step on the rows of ``gradient``, which every device has."""
+        stack, devices = self.stack, self.devices
+
+        def local(state, rows, values, hyper):
+            if stack.placement == "column":
+                width = stack.local_dim
+                first = jax.lax.axis_index(devices.table_axes) * width
+                values = jax.lax.dynamic_slice_in_dim(values, first, width, 1)
+                return column.apply(stack, devices, backend, state, RowGradients(rows, values, stack.rows), hyper)
+            own = RowGradients(over_mesh.rows_here(stack, devices, rows), values, stack.local_rows)
+            return kernels.get(backend).apply(stack.optimizer, state, own, hyper)
+
+        spec = over_mesh.state_spec(stack, devices)
+        run = over_mesh.mapped(devices, local, (spec, P(), P(), P()), spec)
+        return run(state, gradient.rows, gradient.values, hyper)
+
+    def _table_spec(self) -> P:
+        return sharded_tables.table_spec(self.stack, self.devices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _among(home: Home, backend: str, values: jax.Array, ids: StackIds) -> jax.Array:
+    stack = _small(home, values)
+
+    def local(values, ids):
+        return pooled(backend, stack, values, together(ids.shard(0)))[None]
+
+    samples = home.devices.batch_spec()
+    return over_mesh.mapped(home.devices, local, (P(), samples), samples)(values, ids)
+
+
+def _among_forward(home, backend, values, ids):
+    return _among(home, backend, values, ids), (jnp.zeros((0, values.shape[1]), values.dtype), values.shape[0], ids)
+
+
+def _among_backward(home, backend, kept, cotangent):
+    like, rows, ids = kept
+    stack = _small(home, jax.ShapeDtypeStruct((rows, like.shape[1]), like.dtype))
+
+    def local(ids, cotangent):
+        own = together(ids.shard(0))
+        made = kernels.get(backend).row_gradients(stack, own, cotangent[0, :1, :1], (cotangent[0],)).to_dense()
+        return jax.lax.psum(made, home.devices.batch_axes)
+
+    samples = home.devices.batch_spec()
+    dense = over_mesh.mapped(home.devices, local, (samples, samples), P())(ids, cotangent)
+    return dense.astype(like.dtype), None
+
+
+_among.defvjp(_among_forward, _among_backward)
+
+
+def _small(home: Home, values: Any) -> StackPlan:
+    return dataclasses.replace(local_stack(home.stack), rows=values.shape[0], embedding_dim=values.shape[1])

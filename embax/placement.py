@@ -20,9 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+EXCHANGES = ("gather", "route")
 PLACEMENTS = ("row", "table", "column", "replicated")
 
 
@@ -31,27 +33,40 @@ class Devices:
     """A mesh, and the axes along which the batch and the tables are split.
 
     Attributes:
-      mesh: of Auto or Explicit axes.
+      mesh: of Auto or Explicit axes. An AbstractMesh will do for planning.
       batch_axes: names of axes; None for all of the mesh.
       table_axes: likewise.
+      exchange: how rows dealt out over devices come to the samples: "gather" (ids to everybody, partial sums home),
+        "route" (each distinct row once to whoever needs it), "auto" for what moves fewer bytes.
+      wire_dtype: bfloat16 or float16, to which activations and gradients are rounded while they travel; None for no
+        rounding. Rows travel as they are stored.
 
     Raises:
-      ValueError: an axis that the mesh does not have, or named twice.
+      ValueError: an axis that the mesh does not have, or named twice; an unknown exchange or dtype.
 
     >>> import jax, embax
     >>> embax.Devices(jax.make_mesh((1,), ("x",))).table_axes
     ('x',)
     """
 
-    mesh: Mesh
+    mesh: Any
     batch_axes: Any = None
     table_axes: Any = None
+    exchange: str = "auto"
+    wire_dtype: Any = None
 
     def __post_init__(self):
-        if not isinstance(self.mesh, Mesh):
+        if not isinstance(self.mesh, (Mesh, AbstractMesh)):
             raise TypeError(f"Devices: mesh is a {type(self.mesh).__name__}; give a jax.sharding.Mesh")
         for name in ("batch_axes", "table_axes"):
             object.__setattr__(self, name, self._axes(name))
+        if self.exchange not in ("auto", *EXCHANGES):
+            raise ValueError(f'Devices: exchange={self.exchange!r} must be "auto", {", ".join(map(repr, EXCHANGES))}')
+        if self.wire_dtype is not None:
+            name = jnp.dtype(self.wire_dtype).name
+            if name not in ("bfloat16", "float16"):
+                raise ValueError(f"Devices: wire_dtype={name} must be bfloat16 or float16, or None for no rounding")
+            object.__setattr__(self, "wire_dtype", name)
 
     def _axes(self, name: str) -> tuple[str, ...]:
         given = getattr(self, name)
@@ -119,6 +134,14 @@ def as_devices(mesh: Any) -> Devices | None:
     return mesh if mesh is None or isinstance(mesh, Devices) else Devices(mesh)
 
 
+def sums_travel(rows: int, samples: int, devices: int) -> bool:
+    """Returns whether the gradient of a replicated table is better summed on each device and sent whole.
+
+    That is less than the gradients of all samples where the table has fewer rows than a fraction of them.
+    """
+    return 2 * rows <= samples * devices
+
+
 def checked_placements(placement: Any, names: Sequence[str], devices: Devices | None) -> dict[str, str]:
     """Returns the placement of each table: one for all, or a mapping from names, "row" for tables left out.
 
@@ -140,18 +163,15 @@ def checked_placements(placement: Any, names: Sequence[str], devices: Devices | 
     return {name: given.get(name, "row") for name in names}
 
 
-EXCHANGES = ("gather", "route")
-
-
-def checked_exchange(exchange: str, valencies: Sequence[int | None], shards: int) -> str:
+def chosen_exchange(devices: Devices | None, valencies: Sequence[int | None]) -> str:
     """Returns how the rows of a stack travel; "auto" chooses by bytes.
 
     With "gather" a device receives a partial sum of each of its samples from every other device; with "route" the rows
     of its distinct ids, at most ``valency`` for a sample.
     """
-    if exchange not in ("auto", *EXCHANGES):
-        raise ValueError(f'plan: exchange={exchange!r}; it must be "auto", {", ".join(map(repr, EXCHANGES))}')
-    if exchange != "auto":
-        return exchange
+    if devices is None:
+        return "gather"
+    if devices.exchange != "auto":
+        return devices.exchange
     ids = max((1 if valency is None else valency for valency in valencies), default=1)
-    return "gather" if shards <= max(ids, 8) else "route"
+    return "gather" if devices.table_shards <= max(ids, 8) or devices.table_only_axes else "route"

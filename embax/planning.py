@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from embax.optimizers.base import Optimizer
-from embax.placement import Devices, as_devices, checked_exchange, checked_placements
+from embax.placement import Devices, as_devices, checked_placements, chosen_exchange
 from embax.specs import FeatureSpec, QuantizationConfig, TableSpec, float_dtype
 from embax.stacking import MAX_STACK_ROWS, group_tables, row_offsets, stack_name, whole_tables
 
@@ -152,7 +152,7 @@ def plan(
     backend: str | None = None,
     mesh: Any = None,
     placement: str | Mapping[str, str] = "row",
-    exchange: str = "auto",
+    exchange: str | None = None,
 ) -> Plan:
     """Returns the plan of the given features: tables stacked, rows numbered, everything checked.
 
@@ -167,9 +167,8 @@ def plan(
       backend: the kernels to use, by name; None for the best one at hand.
       mesh: a jax.sharding.Mesh whose axes split both batch and tables, or ``embax.Devices`` that says which; None for
         one device.
-      placement: of all tables, or by table name: "row", "table", "column", "replicated" (``embax.placement``).
-      exchange: how rows dealt out over devices come to the samples: "gather" (ids to everybody, partial sums home),
-        "route" (each distinct row once to whoever needs it), "auto" for what moves fewer bytes.
+      placement: of all tables, or by table name: "row", "table", "column", "replicated" (``embax.placement``); "auto"
+        for those that ``embax.costs`` estimates to be fastest.
 
     Raises:
       ValueError: duplicate or differing names, tables that cannot be stacked, more than 2**31 - 2 rows, a placement
@@ -186,7 +185,13 @@ def plan(
         activation_dtype = float_dtype("plan", "activation_dtype", activation_dtype)
     specs, structure = jax.tree.flatten(features, is_leaf=lambda x: isinstance(x, FeatureSpec))
     devices = as_devices(mesh)
+    if exchange is not None:
+        devices = dataclasses.replace(devices, exchange=exchange)
     tables = _tables_of(specs)
+    if placement == "auto" and devices is not None:
+        from embax.costs import chosen_placements
+
+        placement = chosen_placements(features, devices)
     rule = _Rule(checked_placements(placement, [t.name for t in tables], devices), devices)
     groups = {name: rule.lay(name, group) for name, group in _grouped(tables, stacks, rule.kind).items()}
     by_table = {table.name: (name, table) for name, laid in groups.items() for table in laid.tables}
@@ -195,7 +200,7 @@ def plan(
     stack_plans = []
     for name, laid in groups.items():
         members = tuple(i for i, feature in enumerate(planned) if feature.stack == name)
-        chosen = checked_exchange(exchange, [planned[i].valency for i in members], laid.shards)
+        chosen = chosen_exchange(devices, [planned[i].valency for i in members])
         stack_plans.append(_stack_plan(name, laid, members, activation_dtype, chosen))
     return Plan(tuple(stack_plans), planned, structure, backend, devices)
 

@@ -16,6 +16,7 @@ FLOORS = (
     ("specs", 0),
     ("stacking", 1),
     ("sorted_rows", 1),
+    ("costs", 1),
     ("placement", 1),
     ("planning", 1),
     ("sharded_tables", 1),

@@ -10,10 +10,12 @@ def main() -> None:
     except ModuleNotFoundError:
         sys.exit(_said("the command line needs the package typer; pip install 'embax[train]'"))
     from embax.cli.errors import CommandError
+    from embax.cli.plan import plan
     from embax.cli.train import train
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.callback()(_no_verb)
+    app.command()(plan)
     app.command()(train)
     usage_error = typer.BadParameter.__base__
     try:

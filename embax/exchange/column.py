@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange.gather import brought_home
-from embax.exchange.shards import everybodys, local_stack, pooled, seeded_here
+from embax.exchange.shards import everybodys, local_stack, on_wire, pooled, seeded_here
 from embax.id_batch import StackIds
 from embax.kernels import reference
 from embax.optimizers.base import map_slots
@@ -25,7 +25,7 @@ from embax.table_state import TableState
 def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
     shared = devices.shared_axes
-    columns = pooled(backend, local_stack(stack), table, everybodys(stack, ids, shared))
+    columns = on_wire(devices, pooled(backend, local_stack(stack), table, everybodys(stack, ids, shared)))
     parts = columns[None]
     if shared:
         columns = columns.reshape(devices.size(shared), sum(ids.samples), stack.local_dim)
@@ -33,7 +33,7 @@ def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: St
     if devices.table_only_axes:
         parts = jax.lax.all_gather(parts, devices.table_only_axes)
     parts = _ordered(parts.reshape(_sizes(devices) + parts.shape[-2:]), _axes(devices), devices.table_axes)
-    return jnp.moveaxis(parts, 0, 1).reshape(-1, stack.embedding_dim)
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, stack.embedding_dim).astype(stack.activation_dtype)
 
 
 def update(
@@ -109,7 +109,7 @@ def _own_columns(stack: StackPlan, devices: Devices, gradient: jax.Array) -> jax
     """Returns this device's columns of everybody's gradients, devices in the order of the batch axes."""
     samples = gradient.shape[0]
     sizes = tuple(devices.size((axis,)) for axis in devices.table_axes)
-    parts = gradient.reshape(samples, *sizes, stack.local_dim)
+    parts = on_wire(devices, gradient).reshape(samples, *sizes, stack.local_dim)
     parts = _ordered(jnp.moveaxis(parts, 0, -2), devices.table_axes, _axes(devices), flat=False)
     for axis in devices.table_only_axes:
         parts = jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index(axis), 0, keepdims=False)

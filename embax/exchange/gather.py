@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from embax import kernels
-from embax.exchange.shards import everybodys, local_stack, own_rows, pooled, seeded_here
+from embax.exchange.shards import everybodys, local_stack, on_wire, own_rows, pooled, seeded_here
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -22,7 +22,7 @@ def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: St
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
     every = _own(stack, devices, everybodys(stack, ids, devices.shared_axes))
     partial = pooled(backend, local_stack(stack, "float32"), table, every)
-    return brought_home(devices, partial).astype(stack.activation_dtype)
+    return brought_home(devices, on_wire(devices, partial)).astype(stack.activation_dtype)
 
 
 def update(
@@ -37,7 +37,7 @@ def update(
 ) -> TableState:
     """Returns this device's rows after one step on those that anybody's samples touched."""
     every = _own(stack, devices, everybodys(stack, ids, devices.batch_axes))
-    gradient = jax.lax.all_gather(gradient, devices.batch_axes, tiled=True)
+    gradient = jax.lax.all_gather(on_wire(devices, gradient), devices.batch_axes, tiled=True)
     hyper = seeded_here(hyper, devices.table_axes)
     return kernels.get(backend).update(local_stack(stack), state, every, token, (gradient,), hyper)
 
@@ -47,7 +47,7 @@ def row_gradients(
 ) -> RowGradients:
     """Returns the gradient of this device's rows, by their numbers here."""
     every = _own(stack, devices, everybodys(stack, ids, devices.batch_axes))
-    gradient = jax.lax.all_gather(gradient, devices.batch_axes, tiled=True)
+    gradient = jax.lax.all_gather(on_wire(devices, gradient), devices.batch_axes, tiled=True)
     return kernels.get(backend).row_gradients(local_stack(stack), every, token, (gradient,))
 
 

@@ -1,17 +1,18 @@
 """Every device has the whole table: lookups stay at home, and every device takes the same step.
 
 All ids and all gradients go to everybody, so that each adds them up in the same order: the copies stay equal, bit for
-bit.
+bit. Of a small table it is the summed gradient that travels, whole.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from embax import kernels
-from embax.exchange.shards import everybodys, local_stack, pooled, together
+from embax.exchange.shards import everybodys, local_stack, on_wire, pooled, together
 from embax.id_batch import StackIds
-from embax.placement import Devices
+from embax.placement import Devices, sums_travel
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
 from embax.table_state import TableState
@@ -33,8 +34,11 @@ def update(
     hyper: Any,
 ) -> TableState:
     """Returns the table after one step on the rows that anybody's samples touched."""
+    if sums_travel(stack.rows, sum(ids.samples), devices.batch_shards):
+        summed = row_gradients(stack, devices, backend, ids, token, gradient)
+        return kernels.get(backend).apply(stack.optimizer, state, summed, hyper)
     every = everybodys(stack, ids, devices.batch_axes)
-    gradient = jax.lax.all_gather(gradient, devices.batch_axes, tiled=True)
+    gradient = jax.lax.all_gather(on_wire(devices, gradient), devices.batch_axes, tiled=True)
     return kernels.get(backend).update(local_stack(stack), state, every, token, (gradient,), hyper)
 
 
@@ -42,9 +46,23 @@ def row_gradients(
     stack: StackPlan, devices: Devices, backend: str, ids: StackIds, token: jax.Array, gradient: jax.Array
 ) -> RowGradients:
     """Returns the gradient of the table."""
+    if sums_travel(stack.rows, sum(ids.samples), devices.batch_shards):
+        return _summed(stack, devices, backend, ids, token, gradient)
     every = everybodys(stack, ids, devices.batch_axes)
-    gradient = jax.lax.all_gather(gradient, devices.batch_axes, tiled=True)
+    gradient = jax.lax.all_gather(on_wire(devices, gradient), devices.batch_axes, tiled=True)
     return kernels.get(backend).row_gradients(local_stack(stack), every, token, (gradient,))
+
+
+def _summed(
+    stack: StackPlan, devices: Devices, backend: str, ids: StackIds, token: jax.Array, gradient: jax.Array
+) -> RowGradients:
+    """Returns the gradient of a small table: each device's sums for all its rows, added up."""
+    own = kernels.get(backend).row_gradients(local_stack(stack), together(ids), token, (gradient,))
+    touched = jnp.zeros((stack.rows, 1), jnp.float32).at[own.rows].set(1, mode="drop", unique_indices=True)
+    sums = jnp.concatenate([touched, own.to_dense().astype(jnp.float32)], axis=1)
+    sums = jax.lax.psum(sums, devices.batch_axes)
+    rows = jnp.where(sums[:, 0] > 0, jnp.arange(stack.rows, dtype=jnp.int32), stack.rows)
+    return RowGradients(rows, sums[:, 1:], stack.rows)
 
 
 def gain_products(

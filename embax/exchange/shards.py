@@ -84,6 +84,11 @@ def own_rows(stack: StackPlan, rows: jax.Array, devices: Devices) -> jax.Array:
     return jnp.where(owner == jax.lax.axis_index(devices.table_axes), local, stack.local_rows)
 
 
+def on_wire(devices: Devices, values: jax.Array) -> jax.Array:
+    """Returns ``values`` as they travel: rounded to the wire's dtype where there is one."""
+    return values if devices.wire_dtype is None else values.astype(devices.wire_dtype)
+
+
 def seeded_here(hyper: Any, axes: Sequence[str]) -> Any:
     """Returns the hyperparameters with a seed for stochastic rounding that differs from device to device."""
     modifiers, own = hyper

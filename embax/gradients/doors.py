@@ -193,7 +193,8 @@ def _summed(home: Any, rows: jax.Array, values: jax.Array, samples: Any, gains: 
         made = sum_rows(rows, values, samples, gains, total)
         return made.rows, made.values
 
-    return RowGradients(*home.everywhere(everywhere, rows, values, samples, gains), total)
+    unique, sums = home.everywhere(everywhere, rows, values, samples, gains)
+    return RowGradients(unique, sums, total)
 
 
 def _activation_of(record: Record, first: int, count: int) -> jax.Array:

@@ -4,17 +4,21 @@ Samples keep their order; five samples on 2 devices, so that one sample is fille
 
     samples 0 1 2 | 3 4 -        - has no ids, and its activation is cut off again
 
-Each process cuts what it was given into the shards of its own devices.
+Each process cuts what it was given into the shards of its own devices. What all give to one program must have one
+shape: where ids are ragged they agree, once a batch, on the capacity, and check that all bring as many samples.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from embax.id_batch import IdBatch, StackIds, Statistics, bucket
-from embax.planning import Plan, StackPlan
+from embax.placement import Devices
+from embax.planning import FeaturePlan, Plan, StackPlan
 
 
 def split(plan: Plan, batch: IdBatch, xp: Any = np) -> IdBatch:
@@ -28,10 +32,14 @@ def split(plan: Plan, batch: IdBatch, xp: Any = np) -> IdBatch:
     devices = plan.devices
     if devices is None or devices.inside():
         return batch
-    shards = _shards_here(plan)
-    cut = {stack.name: _cut(plan, stack, batch.stacks[stack.name], shards, xp) for stack in plan.stacks}
+    several = xp is np and devices.mesh.is_multi_process
+    shards = _shards_here(plan) if several else devices.batch_shards
+    rooms = _rooms(plan, batch, shards) if xp is np else {}
+    cut = {s.name: _cut(plan, s, batch.stacks[s.name], shards, rooms.get(s.name), xp) for s in plan.stacks}
+    if several:
+        _check_full(plan, cut, shards)
     batch = IdBatch(cut, _spread(batch.statistics, cut, xp))
-    return batch if xp is not np or jax.process_count() == 1 else _of_all_processes(plan, batch)
+    return _of_all_processes(plan, batch) if several else batch
 
 
 def _shards_here(plan: Plan) -> int:
@@ -42,28 +50,35 @@ def _shards_here(plan: Plan) -> int:
     return len({(index[0].start, index[0].stop) for index in held.values()})  # type: ignore[index]
 
 
-def _cut(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, xp: Any) -> StackIds:
-    widths = [plan.features[i].samples_per_row for i in stack.features]
-    samples = tuple(-(-n // (shards * width)) * width for n, width in zip(ids.samples, widths, strict=True))
-    totals = tuple(ids.samples)
-    filled = any(shards * own != total for own, total in zip(samples, totals, strict=True))
+def _cut(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, room: int | None, xp: Any) -> StackIds:
+    samples, totals = _samples_of_one(plan, stack, ids, shards), tuple(ids.samples)
     if all(valency is not None for valency in ids.valencies):
-        made = _rectangles(stack, ids, shards, samples, xp)
-    elif xp is np:
-        made = _ragged(plan, stack, ids, shards, samples)
+        rows, offsets, gains = _rectangles(stack, ids, shards, samples, xp)
+    elif room is not None:
+        rows, offsets, gains = _ragged(stack, ids, shards, samples, room)
     else:
         raise ValueError(
             f'stack "{stack.name}": ragged ids cannot be cut into {shards} shards inside of jit; use embax.preprocess '
             "on the host, or preprocess each device's ids inside of jax.shard_map"
         )
-    processes = jax.process_count() if xp is np else 1
-    if filled and processes > 1:
-        raise ValueError(
-            f'stack "{stack.name}": this process brings {totals} samples for {shards} devices; with several processes '
-            "each must bring a multiple of its devices: fill the batch up with empty samples"
-        )
-    rows, offsets, gains = made
+    filled = any(shards * own != total for own, total in zip(samples, totals, strict=True))
     return StackIds(rows, offsets, gains, samples, ids.valencies, totals if filled else None)
+
+
+def _samples_of_one(plan: Plan, stack: StackPlan, ids: StackIds, shards: int) -> tuple[int, ...]:
+    """Returns the samples of each feature on one shard."""
+    widths = [plan.features[i].samples_per_row for i in stack.features]
+    return tuple(-(-n // (shards * width)) * width for n, width in zip(ids.samples, widths, strict=True))
+
+
+def _check_full(plan: Plan, cut: dict[str, StackIds], shards: int) -> None:
+    """Raises ValueError for a shard that is not full: with several processes it would lie amid the samples of all."""
+    for stack in plan.stacks:
+        if cut[stack.name].totals is not None:
+            raise ValueError(
+                f'stack "{stack.name}": this process brings {cut[stack.name].totals} samples for {shards} shards; with '
+                "several processes each must bring a multiple of its shards: fill the batch up with empty samples"
+            )
 
 
 def _rectangles(stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int], xp: Any) -> tuple[Any, Any, Any]:
@@ -87,7 +102,7 @@ def _padded(values: Any, size: int, fill: Any, xp: Any) -> Any:
 
 
 def _ragged(
-    plan: Plan, stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int]
+    stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int], capacity: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns ids, offsets and gains where lengths differ: cut at the samples' offsets."""
     offsets, firsts = ids.offsets[0], np.cumsum([0, *ids.samples])
@@ -100,7 +115,6 @@ def _ragged(
             piece.append(
                 (offsets[first], offsets[last], np.pad(lengths, (0, own - lengths.size), constant_values=valency))
             )
-    capacity = _capacity(plan, stack, ids, [[int(p[2].sum()) for p in piece] for piece in pieces])
     rows = np.full((shards, capacity), stack.rows, np.int32)
     gains = None if ids.gains is None else np.zeros((shards, capacity), np.float32)
     ends = np.zeros((shards, sum(samples) + 1), np.int32)
@@ -115,13 +129,38 @@ def _ragged(
     return rows, ends, gains
 
 
-def _capacity(plan: Plan, stack: StackPlan, ids: StackIds, counts: list[list[int]]) -> int:
-    """Returns the ids that one shard has room for: rectangles and declared features exactly, the rest in a bucket."""
-    fixed = free = 0
-    for place, index in enumerate(stack.features):
-        feature, most = plan.features[index], max(count[place] for count in counts)
-        if ids.valencies[place] is not None:
-            fixed += most
+def _rooms(plan: Plan, batch: IdBatch, shards: int) -> dict[str, int]:
+    """Returns the ids that one shard has room for, of every ragged stack.
+
+    Rectangles and declared features have it exactly, the rest in a bucket.
+    """
+    fixed, free = {}, {}
+    for stack in plan.stacks:
+        ids = batch.stacks[stack.name]
+        if any(valency is None for valency in ids.valencies):
+            fixed[stack.name], free[stack.name] = _room(plan, stack, ids, shards)
+    undeclared = any(feature.capacity is None for name in free for feature in _ragged_features(plan, batch, name))
+    if undeclared and plan.devices.mesh.is_multi_process:  # type: ignore[union-attr]
+        free = _agreed(plan, batch, free, shards)
+    return {name: fixed[name] + (bucket(most) if most else 0) for name, most in free.items()}
+
+
+def _ragged_features(plan: Plan, batch: IdBatch, name: str) -> list[FeaturePlan]:
+    valencies = batch.stacks[name].valencies
+    features = zip(plan.stack(name).features, valencies, strict=True)
+    return [plan.features[index] for index, valency in features if valency is None]
+
+
+def _room(plan: Plan, stack: StackPlan, ids: StackIds, shards: int) -> tuple[int, int]:
+    """Returns the ids that one shard has room for whatever comes, and those that the fullest has besides."""
+    fixed = free = first = 0
+    samples = _samples_of_one(plan, stack, ids, shards)
+    for index, valency, total, own in zip(stack.features, ids.valencies, ids.samples, samples, strict=True):
+        feature, ends = plan.features[index], first + np.minimum(own * np.arange(shards + 1), total)
+        most = int(np.diff(ids.offsets[0][ends]).max())
+        first += total
+        if valency is not None:
+            fixed += own * valency
         elif feature.capacity is None:
             free += most
         else:
@@ -133,17 +172,34 @@ def _capacity(plan: Plan, stack: StackPlan, ids: StackIds, counts: list[list[int
                     f"{feature.capacity} for {plan.devices.batch_shards} devices, {declared} each; declare more"
                 )
             fixed += declared
-    free = _most_of_all_processes(free)
-    return fixed + (bucket(free) if free else 0)
+    return fixed, free
 
 
-def _most_of_all_processes(count: int) -> int:
-    """Returns the largest of the processes' counts: what they send to one program must have one shape."""
-    if jax.process_count() == 1:
-        return count
-    from jax.experimental import multihost_utils
+def _agreed(plan: Plan, batch: IdBatch, free: dict[str, int], shards: int) -> dict[str, int]:
+    """Returns the largest of the processes' counts; ValueError, in all of them, unless all bring as many samples."""
+    assert plan.devices is not None
+    samples = [n for stack in plan.stacks for n in batch.stacks[stack.name].samples]
+    own = np.array([[free.get(stack.name, 0) for stack in plan.stacks] + samples], np.int32)
+    sharding = plan.devices.sharding(plan.devices.batch_spec())
+    every = jax.make_array_from_process_local_data(sharding, np.repeat(own, shards, 0))
+    least, most = (np.asarray(found) for found in _extremes(plan.devices)(every))
+    at = len(plan.stacks)
+    for index in (index for stack in plan.stacks for index in stack.features):
+        if least[at] != most[at]:
+            width = plan.features[index].samples_per_row
+            raise ValueError(
+                f'feature "{plan.features[index].name}": this process brings {own[0, at] // width} samples, and the '
+                f"processes from {least[at] // width} to {most[at] // width}; each must bring the same number: fill "
+                "the batch up with empty samples"
+            )
+        at += 1
+    return {stack.name: int(n) for stack, n in zip(plan.stacks, most, strict=False) if stack.name in free}
 
-    return int(np.max(multihost_utils.process_allgather(np.int32(count))))
+
+@functools.lru_cache(maxsize=16)
+def _extremes(devices: Devices) -> Any:
+    whole = devices.sharding(P())
+    return jax.jit(lambda every: (every.min(0), every.max(0)), out_shardings=(whole, whole))
 
 
 def _spread(statistics: Statistics, cut: dict[str, StackIds], xp: Any) -> Statistics:

@@ -122,6 +122,7 @@ def quantize_tables(plan: Plan, tables: Mapping[str, TableState], bits: int = 8)
     Raises:
       ValueError: other bits, or tables of another plan.
       TypeError: tables that are quantized already.
+      NotImplementedError: tables on a mesh.
 
     >>> import jax, embax
     >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="mean",
@@ -132,6 +133,11 @@ def quantize_tables(plan: Plan, tables: Mapping[str, TableState], bits: int = 8)
     [[1.0, 1.0], [0.0, 0.0]]
     """
     check_tables(plan, tables)
+    if plan.devices is not None:
+        raise NotImplementedError(
+            "quantize_tables: the plan is of a mesh, and quantized rows lie on one device today; make tables of a plan "
+            "without a mesh (embax.from_arrays(plan, embax.to_arrays(mesh_plan, tables))) and quantize those"
+        )
     return {
         stack.name: TableState(
             _quantized(tables[stack.name].table, bits, stack.quantization, f'quantize_tables: stack "{stack.name}"'), ()

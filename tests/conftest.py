@@ -31,6 +31,11 @@ ONCE = (
     ("test_battery.py", ("[reference-sgd-", "[reference-rowwise_adagrad-", "[reference-adam_modified-")),
     ("test_laws.py", ("test_same_inputs_same_bits[reference", "test_capacity_does_not_matter[reference")),
     ("test_native.py", ("test_neither_threads",)),
+    (
+        "test_mesh.py",
+        ("test_training_is", "[reference-", "test_initial_values_are", "test_the_same_run", "test_gradients"),
+    ),
+    ("test_mesh_laws.py", ("test_a_step",)),
 )
 
 

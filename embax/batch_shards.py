@@ -53,7 +53,7 @@ def _shards_here(plan: Plan) -> int:
 def _cut(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, room: int | None, xp: Any) -> StackIds:
     samples, totals = _samples_of_one(plan, stack, ids, shards), tuple(ids.samples)
     if all(valency is not None for valency in ids.valencies):
-        rows, offsets, gains = _rectangles(stack, ids, shards, samples, xp)
+        rows, offsets, gains = _rectangles(plan, stack, ids, shards, samples, xp)
     elif room is not None:
         rows, offsets, gains = _ragged(stack, ids, shards, samples, room)
     else:
@@ -81,15 +81,17 @@ def _check_full(plan: Plan, cut: dict[str, StackIds], shards: int) -> None:
             )
 
 
-def _rectangles(stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int], xp: Any) -> tuple[Any, Any, Any]:
+def _rectangles(
+    plan: Plan, stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[int], xp: Any
+) -> tuple[Any, Any, Any]:
     """Returns ids, offsets and gains of features with one number of ids a sample each: reshaped."""
     rows, gains, at = [], [], 0
     for total, own, valency in zip(ids.samples, samples, ids.valencies, strict=True):
         assert valency is not None
         count, wanted = total * valency, shards * own * valency
-        rows.append(_padded(ids.ids[0, at : at + count], wanted, stack.rows, xp).reshape(shards, -1))
+        rows.append(_padded(plan, ids.ids[0, at : at + count], wanted, stack.rows, xp).reshape(shards, -1))
         if ids.gains is not None:
-            gains.append(_padded(ids.gains[0, at : at + count], wanted, 0.0, xp).reshape(shards, -1))
+            gains.append(_padded(plan, ids.gains[0, at : at + count], wanted, 0.0, xp).reshape(shards, -1))
         at += count
     lengths = np.repeat(np.asarray(ids.valencies, np.int32), samples)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -97,8 +99,12 @@ def _rectangles(stack: StackPlan, ids: StackIds, shards: int, samples: Sequence[
     return xp.concatenate(rows, 1), offsets, xp.concatenate(gains, 1) if gains else None
 
 
-def _padded(values: Any, size: int, fill: Any, xp: Any) -> Any:
-    return values if values.shape[0] == size else xp.pad(values, (0, size - values.shape[0]), constant_values=fill)
+def _padded(plan: Plan, values: Any, size: int, fill: Any, xp: Any) -> Any:
+    if values.shape[0] == size:
+        return values
+    filled = xp.pad(values, (0, size - values.shape[0]), constant_values=fill)
+    # Inside of jit: what comes back through this is cut unevenly, too.
+    return filled if xp is np or plan.devices is None else plan.devices.whole(filled)
 
 
 def _ragged(

@@ -106,7 +106,10 @@ def _table_arrays(tree: Any) -> list[Any]:
 
 def _hlo_shapes(array: Any) -> set[str]:
     """Returns how HLO writes the array's shape; layers are also seen as one table."""
-    shapes = {tuple(array.shape), (math.prod(array.shape[:-1]), array.shape[-1])}
+    wholes = {tuple(array.shape)}
+    if getattr(array, "sharding", None) is not None:
+        wholes.add(array.sharding.shard_shape(tuple(array.shape)))  # a program on a mesh has one device's shapes
+    shapes = wholes | {(math.prod(shape[:-1]), shape[-1]) for shape in wholes}
     return {_hlo_shape(jax.ShapeDtypeStruct(shape, array.dtype)) for shape in shapes}
 
 

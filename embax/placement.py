@@ -120,6 +120,13 @@ class Devices:
         manual = set(jax.sharding.get_abstract_mesh().manual_axes)
         return {*self.batch_axes, *self.table_axes} <= manual
 
+    def whole(self, array: jax.Array) -> jax.Array:
+        """Returns ``array`` whole on every device: what is cut unevenly cannot be split evenly."""
+        everywhere = self.sharding(P())
+        if self.explicit:
+            return jax.sharding.reshard(array, everywhere)
+        return jax.lax.with_sharding_constraint(array, everywhere)
+
     def batch_spec(self) -> P:
         """Returns how arrays that lead with samples, or with shards of the batch, are split."""
         return P(self.batch_axes)

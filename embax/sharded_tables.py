@@ -27,13 +27,13 @@ def part_specs(stack: StackPlan, devices: Devices) -> dict[str, P]:
 def table_spec(stack: StackPlan, devices: Devices) -> P:
     """Returns how the rows of a stack are split."""
     axes = devices.table_axes
-    return {"column": P(None, axes), "replicated": P()}.get(stack.placement, P(axes))
+    return {"column": P(None, axes), "replicated": P(None, None)}.get(stack.placement, P(axes, None))
 
 
 def slot_specs(stack: StackPlan, devices: Devices) -> Any:
     """Returns how the slots of a stack are split; a row-wise slot has no columns to split."""
     rows = table_spec(stack, devices)
-    row_wise = P() if stack.placement == "column" else rows
+    row_wise = P(None, None) if stack.placement == "column" else rows
     return map_slots(lambda slot: row_wise if slot.row_wise else rows, stack.optimizer.slots())
 
 
@@ -106,7 +106,9 @@ def fill_table(
     """
     spec = table_spec(stack, devices)
     made = _Maker(stack, devices, initializer, rows)
-    body = made.dealt if stack.placement == "row" else made.whole
+    body = {"row": made.dealt, "column": made.split}.get(stack.placement, made.whole)
+    if devices.explicit:
+        values = jax.sharding.reshard(values, devices.sharding(spec))
     mapped = jax.shard_map(body, mesh=devices.mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)
     return mapped(values, key, table)
 
@@ -154,8 +156,26 @@ class _Maker:
 
         return jax.lax.fori_loop(0, -(-total // (self.rows * shards)), group, values)
 
+    def split(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
+        """Makes as many blocks at a time as there are devices, one on each, and sends their columns out."""
+        first, total = table
+        shards, axes, width = self.stack.shards, self.devices.table_axes, self.stack.local_dim
+        here = jax.lax.axis_index(axes)
+
+        def group(turn, values):
+            block = self.block(key, turn * shards + here).reshape(self.rows, shards, width)
+            pieces = jax.lax.all_to_all(block, axes, 1, 0).reshape(shards, self.rows, width)
+
+            def write(maker, values):
+                begin = (turn * shards + maker) * self.rows
+                return _written(values, pieces[maker], first + begin, jnp.clip(total - begin, 0, self.rows))
+
+            return jax.lax.fori_loop(0, shards, write, values)
+
+        return jax.lax.fori_loop(0, -(-total // (self.rows * shards)), group, values)
+
     def whole(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
-        """Makes all blocks of the table, and keeps this device's rows or columns."""
+        """Makes all blocks of a table that this device has whole."""
         (first, total), stack = table, self.stack
         here = jax.lax.axis_index(self.devices.table_axes)
         mine, start = jnp.bool_(True), first
@@ -164,8 +184,6 @@ class _Maker:
 
         def one(number, values):
             block = self.block(key, number)
-            if stack.placement == "column":
-                block = jax.lax.dynamic_slice_in_dim(block, here * stack.local_dim, stack.local_dim, 1)
             count = jnp.minimum(total - number * self.rows, self.rows)
             return _written(values, block, start + number * self.rows, count)
 

@@ -83,12 +83,13 @@ def apply_row_gradients(
     for name, gradient in gradients.items():
         stack = plan.stack(name)
         check_rows(gradient, f'stack "{name}"')
-        rows = stack.stored_rows
-        if gradient.vocabulary_size != rows or gradient.values.shape[1:] != (stack.embedding_dim,):
+        rows, inside = stack.stored_rows, plan.devices is not None and plan.devices.inside()
+        width = stack.local_dim if inside else stack.embedding_dim
+        if gradient.vocabulary_size != rows or gradient.values.shape[1:] != (width,):
             raise ValueError(
                 f'stack "{name}": gradients are of a table [{gradient.vocabulary_size}, '
                 f"{gradient.values.shape[1:]}], and the "
-                f"stack is [{rows}, {stack.embedding_dim}]"
+                f"stack is [{rows}, {width}]"
             )
     hyper = {name: _hyper(plan.stack(name).optimizer, step) for name in gradients}
     return _apply(plan, kernels.choose(plan.backend).name, dict(tables), dict(gradients), hyper)

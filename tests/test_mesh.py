@@ -266,10 +266,7 @@ def test_inside_of_a_shard_map(placement, mesh):
     _close(embax.to_arrays(plan, found), embax.to_arrays(plan, wanted))
 
 
-_COLUMN_INSIDE = pytest.mark.xfail(strict=True, reason="columns of a shard are checked as if they were all")
-
-
-@pytest.mark.parametrize("placement", ["row", pytest.param("column", marks=_COLUMN_INSIDE)])
+@pytest.mark.parametrize("placement", ["row", "column"])
 def test_row_gradients_inside_of_a_shard_map(placement):
     plan = _plan("rowwise", mesh=_line(4), placement=placement)
     tables, (ids, weights, gradients) = embax.from_arrays(plan, _start("rowwise")), _inputs(16)
@@ -296,12 +293,7 @@ def test_a_batch_of_one_sample(placement):
     assert set(moved) == {*ids["padded"].ravel(), *ids["sequence"].ravel()} - {PADDING}
 
 
-_EMPTY = pytest.mark.xfail(strict=True, reason="a collective of an empty array")
-
-
-@pytest.mark.parametrize(
-    "placement", [*(pytest.param(name, marks=_EMPTY) for name in ("row", "table", "column")), "replicated"]
-)
+@pytest.mark.parametrize("placement", ["row", "table", "column", "replicated"])
 def test_a_batch_of_no_samples(placement):
     plan, start = _plan(mesh=_line(4), placement=placement), _start("adagrad")
     ids, weights, gradients = _inputs(0)
@@ -348,7 +340,7 @@ def _weight_gradients(samples, **where):
     [
         ("row", "apart", 13),
         ("column", "explicit", 16),
-        pytest.param("row", "explicit", 13, marks=pytest.mark.xfail(strict=True, reason="gains are sharded unevenly")),
+        ("row", "explicit", 13),
     ],
 )
 def test_gradients_of_weights(placement, mesh, samples):
@@ -416,10 +408,7 @@ def test_initial_values_in_blocks_of_their_true_size():
     _same(embax.to_arrays(plan, tables)["a"]["table"], wanted)
 
 
-_EXPLICIT_JIT = pytest.mark.xfail(strict=True, reason="inside jit fresh rows have no sharding in their type")
-
-
-@pytest.mark.parametrize("mesh", ["apart", pytest.param("explicit", marks=_EXPLICIT_JIT)])
+@pytest.mark.parametrize("mesh", ["apart", "explicit"])
 def test_init_inside_jit_is_the_same(mesh):
     plan = embax.plan(feature(table_spec("a", 50, 8, initializer=_counting)), mesh=MESHES[mesh](), placement="column")
     inside = jax.jit(embax.init, static_argnums=0)(plan, jax.random.key(0))
@@ -453,7 +442,6 @@ def test_a_donated_step_copies_no_table(placement, optimizer, backend):
     assert temporaries < 4 * rows * dim / (1 if placement == "replicated" else shards), f"{temporaries:,} bytes"
 
 
-@pytest.mark.xfail(strict=True, reason="check_step looks for the shapes of the whole job, and a program has a device's")
 def test_check_step_sees_a_copy_on_a_mesh():
     plan, start = _plan(mesh=_line(4)), _start("adagrad")
     ids, weights, gradients = _inputs(16)

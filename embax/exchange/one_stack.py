@@ -34,8 +34,7 @@ class Home:
         """Returns the activations ``[shards, samples, embedding_dim]`` of all features together."""
 
         def local(table, ids):
-            exchange = over_mesh.exchange_of(self.stack)
-            return exchange.lookup(self.stack, self.devices, backend, table, ids.shard(0))[None]
+            return over_mesh.looked_up(self.stack, self.devices, backend, table, ids.shard(0))[None]
 
         samples = self.devices.batch_spec()
         return over_mesh.mapped(self.devices, local, (self._table_spec(), samples), samples)(table, ids)
@@ -48,7 +47,7 @@ class Home:
         """Returns one activation of each shard, on every device."""
         spec = self.devices.batch_spec()
         own = over_mesh.mapped(self.devices, lambda part: part.ravel()[:1], (spec,), spec)(activations)
-        return over_mesh.everywhere(self.devices, own)[:1]
+        return self.devices.whole(own)[:1]
 
     def gain_products(self, backend: str, table: jax.Array, ids: StackIds, cotangent: jax.Array) -> jax.Array:
         """Returns the derivatives of the gains, ``[shards, capacity]``, from those of ``lookup``."""

@@ -34,7 +34,9 @@ def exchange_of(stack: StackPlan) -> Any:
 
 def lookup(plan: Plan, backend: str, rows: Mapping[str, Any], batch: Mapping[str, StackIds]) -> tuple[dict, dict]:
     """Returns the activations of every stack's features, and a token for each stack; differentiable in the gains."""
-    gains = {name: ids.gains for name, ids in batch.items()}
+    gains, devices = {name: ids.gains for name, ids in batch.items()}, _devices(plan)
+    if devices.explicit and not devices.inside():
+        gains = jax.tree.map(lambda part: jax.sharding.reshard(part, devices.sharding(devices.batch_spec())), gains)
     ungained = {name: dataclasses.replace(ids, gains=None) for name, ids in batch.items()}
     return _lookup(plan, backend, dict(rows), gains, ungained)
 
@@ -48,7 +50,7 @@ def _lookup(plan: Plan, backend: str, rows: dict, gains: dict, batch: dict) -> t
         activations, tokens = {}, {}
         for stack in plan.stacks:
             ids = batch[stack.name].shard(0)
-            whole = exchange_of(stack).lookup(stack, devices, backend, rows[stack.name], ids)
+            whole = looked_up(stack, devices, backend, rows[stack.name], ids)
             tokens[stack.name] = whole[:1, :1]
             activations[stack.name] = _by_feature(plan, stack, whole, ids.samples)
         return activations, tokens
@@ -57,6 +59,13 @@ def _lookup(plan: Plan, backend: str, rows: dict, gains: dict, batch: dict) -> t
     samples = devices.batch_spec()
     activations, tokens = mapped(devices, local, (tables, samples), samples)(dict(rows), dict(batch))
     return {stack.name: _cut(plan, stack, activations[stack.name], batch) for stack in plan.stacks}, tokens
+
+
+def looked_up(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
+    """Returns the activations of this device's samples; of none nothing is sent."""
+    if not sum(ids.samples):
+        return jnp.zeros((0, stack.embedding_dim), stack.activation_dtype)
+    return exchange_of(stack).lookup(stack, devices, backend, table, ids)
 
 
 def _forward(plan, backend, rows, gains, batch):
@@ -126,6 +135,9 @@ def update(
         for stack in plan.stacks:
             name, exchange = stack.name, exchange_of(stack)
             args = batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
+            if not sum(args[0].samples):
+                new[name] = tables[name]
+                continue
             new[name] = exchange.update(stack, devices, backend, tables[name], *args, hyper[name])
         return new
 
@@ -154,6 +166,10 @@ def row_gradients(
         for stack in plan.stacks:
             name, exchange = stack.name, exchange_of(stack)
             args = batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
+            if not sum(args[0].samples):
+                nothing = jnp.zeros((0, stack.local_dim), jnp.float32)
+                made[name] = RowGradients(jnp.zeros(0, jnp.int32), nothing, stack.stored_rows)
+                continue
             own = exchange.row_gradients(stack, devices, backend, *args)
             made[name] = RowGradients(_stored_rows(stack, devices, own.rows), own.values, stack.stored_rows)
         return made
@@ -200,7 +216,7 @@ def state_spec(stack: StackPlan, devices: Devices) -> TableState:
 def gradient_spec(stack: StackPlan, devices: Devices) -> RowGradients:
     """Returns how the rows and values of a stack's gradient are split."""
     values = table_spec(stack, devices)
-    rows = P() if stack.placement == "column" else values
+    rows = P(None) if stack.placement == "column" else P(values[0])
     return RowGradients(rows, values, stack.stored_rows)  # type: ignore[arg-type]
 
 
@@ -267,7 +283,7 @@ def _cut(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackId
 
 def cut(devices: Devices, part: jax.Array, count: int) -> jax.Array:
     """Returns the first ``count`` samples; whole on every device if they cannot be split evenly."""
-    return part if part.shape[0] == count else everywhere(devices, part)[:count]
+    return part if part.shape[0] == count else devices.whole(part)[:count]
 
 
 def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
@@ -279,7 +295,7 @@ def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, Stac
         rows = shards * samples // plan.features[index].samples_per_row
         missing = rows - part.shape[0]
         if missing:
-            part = jnp.pad(everywhere(devices, part), [(0, missing)] + [(0, 0)] * (part.ndim - 1))
+            part = jnp.pad(devices.whole(part), [(0, missing)] + [(0, 0)] * (part.ndim - 1))
         filled.append(part)
     return tuple(filled)
 
@@ -289,9 +305,3 @@ def _batch_sizes(plan: Plan, stack: StackPlan, batch: Mapping[str, StackIds]) ->
     shards = 1 if devices.inside() else devices.batch_shards
     totals = ids.totals or tuple(shards * samples for samples in ids.samples)
     return [total // plan.features[i].samples_per_row for total, i in zip(totals, stack.features, strict=True)]
-
-
-def everywhere(devices: Devices, part: jax.Array) -> jax.Array:
-    """Returns ``part`` whole on every device: what is cut unevenly cannot be split evenly."""
-    whole = devices.sharding(P())
-    return jax.sharding.reshard(part, whole) if devices.explicit else jax.lax.with_sharding_constraint(part, whole)

@@ -1,5 +1,8 @@
-// XLA FFI bindings of the lookups: gather and pool, rows one by one, the derivative of gains.
+// XLA FFI bindings of the lookups: gather and pool, rows one by one, the derivative of gains, the distinct rows.
 
+#include <limits>
+
+#include "distinct.h"
 #include "ffi_common.h"
 #include "huge_pages.h"
 #include "occurrences.h"
@@ -82,6 +85,18 @@ ffi::Error row_products(ffi::ThreadPool pool, ffi::AnyBuffer table_buffer, IntVe
   return ffi::Error::Success();
 }
 
+ffi::Error distinct_rows(ffi::ThreadPool pool, IntVector ids, ffi::Result<IntVector> unique,
+                         ffi::Result<IntVector> places, int64_t rows) {
+  const int64_t count = ids.dimensions()[0];
+  if (rows < 0 || std::max(rows, count) > std::numeric_limits<int32_t>::max() || places->dimensions()[0] != count ||
+      unique->dimensions()[0] != std::min(count, rows)) {
+    return invalid("distinct_rows: the results must hold min(ids, rows) rows and one place an id");
+  }
+  Team<ffi::ThreadPool> team(pool, count);
+  find_distinct(team, {ids.typed_data(), count, rows, unique->typed_data(), places->typed_data()});
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace embax
 
@@ -111,6 +126,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(embax_row_products, embax::row_products,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<embax::FloatVector>()
                                   .Attr<embax::LevelsAttribute>("levels"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(embax_distinct_rows, embax::distinct_rows,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<embax::IntVector>()
+                                  .Ret<embax::IntVector>()
+                                  .Ret<embax::IntVector>()
+                                  .Attr<int64_t>("rows"));
 
 // The FFI version this library was built for. Python compares it with the running jaxlib's before it registers
 // anything: a handler newer than jaxlib would keep JAX from starting its CPU backend.

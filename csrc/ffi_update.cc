@@ -212,23 +212,11 @@ ffi::Error row_gradients(ffi::ThreadPool pool, IntVector ids_buffer, IntVector o
   int64_t found = 0;
   if (ids.capacity > 0 && blocks.samples() > 0) {
     for_runs(pool, ids, rows, step, [&](auto& team) {
-      constexpr int64_t kRange = 1024;
-      const int64_t ranges = (step.count + kRange - 1) / kRange;
-      std::vector<int64_t> ranks(static_cast<size_t>(ranges) + 1, 0);
-      team.run(ranges, [&](int64_t range) {
-        int64_t begins = 0;
-        for (int64_t i = range * kRange; i < std::min(step.count, (range + 1) * kRange); ++i) {
-          begins += i == 0 || step.entries[i] >> 32 != step.entries[i - 1] >> 32;
-        }
-        ranks[static_cast<size_t>(range) + 1] = begins;
-      });
-      for (int64_t range = 0; range < ranges; ++range) {
-        ranks[static_cast<size_t>(range) + 1] += ranks[static_cast<size_t>(range)];
-      }
+      const std::vector<int64_t> ranks = ranks_of_ranges(team, step.entries, step.count);
       found = ranks.back();
-      team.run(ranges, [&](int64_t range) {
+      team.run(static_cast<int64_t>(ranks.size()) - 1, [&](int64_t range) {
         Sum sum(step.dim);
-        kernels().sum_rows(step, range * kRange, std::min(step.count, (range + 1) * kRange), sum.data(),
+        kernels().sum_rows(step, range * kRankedRange, std::min(step.count, (range + 1) * kRankedRange), sum.data(),
                            ranks[static_cast<size_t>(range)]);
       });
     });

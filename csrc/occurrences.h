@@ -217,6 +217,24 @@ class Occurrences {
   int64_t count_ = 0;
 };
 
+// How many rows begin before each range of kRankedRange sorted entries; the last number is that of all rows.
+constexpr int64_t kRankedRange = 1024;
+
+template <typename Pool>
+std::vector<int64_t> ranks_of_ranges(Team<Pool>& team, const uint64_t* entries, int64_t count) {
+  const int64_t ranges = (count + kRankedRange - 1) / kRankedRange;
+  std::vector<int64_t> ranks(static_cast<size_t>(ranges) + 1, 0);
+  team.run(ranges, [&](int64_t range) {
+    int64_t begins = 0;
+    for (int64_t i = range * kRankedRange; i < std::min(count, (range + 1) * kRankedRange); ++i) {
+      begins += i == 0 || entries[i] >> 32 != entries[i - 1] >> 32;
+    }
+    ranks[static_cast<size_t>(range) + 1] = begins;
+  });
+  for (size_t range = 1; range < ranks.size(); ++range) ranks[range] += ranks[range - 1];
+  return ranks;
+}
+
 }  // namespace embax
 
 #endif  // EMBAX_CSRC_OCCURRENCES_H_

@@ -17,6 +17,9 @@ from embax.placement import Devices
 from embax.planning import StackPlan
 
 
+PARTS = 8  # of a block, dealt out one after another
+
+
 def part_specs(stack: StackPlan, devices: Devices) -> dict[str, P]:
     """Returns how "table" and each slot of a stack, by name, are split."""
     slots = jax.tree.leaves(slot_specs(stack, devices), is_leaf=lambda leaf: isinstance(leaf, P))
@@ -133,7 +136,7 @@ class _Maker:
         """Makes as many blocks at a time as there are devices, one on each, and deals their rows out."""
         first, total = table
         shards, axes = self.stack.shards, self.devices.table_axes
-        share = -(-self.rows // shards)
+        part = -(-self.rows // (shards * PARTS))
         here, places = jax.lax.axis_index(axes), jnp.arange(shards, dtype=jnp.int32)
 
         def group(turn, values):
@@ -142,17 +145,23 @@ class _Maker:
             block = self.block(key, blocks[here])
             # Of the block made here, device j owns the rows begin, begin + shards, ... from its first one on.
             own = (places - begins[here]) % shards
-            pieces = block[jnp.minimum(own[:, None] + shards * jnp.arange(share)[None], self.rows - 1)]
-            pieces = jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True)
             skipped = (here - begins) % shards
             valid = jnp.clip(total - blocks * self.rows, 0, self.rows)
             counts = jnp.maximum(-((skipped - valid) // shards), 0)
             starts = (begins + skipped) // shards
 
-            def write(maker, values):
-                return _written(values, pieces[maker], starts[maker], counts[maker])
+            def deal(number, values):
+                done = number * part
+                pieces = block[jnp.minimum(own[:, None] + shards * (done + jnp.arange(part)[None]), self.rows - 1)]
+                pieces = jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True)
 
-            return jax.lax.fori_loop(0, shards, write, values)
+                def write(maker, values):
+                    count = jnp.clip(counts[maker] - done, 0, part)
+                    return _written(values, pieces[maker], starts[maker] + done, count)
+
+                return jax.lax.fori_loop(0, shards, write, values)
+
+            return jax.lax.fori_loop(0, PARTS, deal, values)
 
         return jax.lax.fori_loop(0, -(-total // (self.rows * shards)), group, values)
 

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "batch.h"
+#include "distinct.h"
 #include "plain.h"
 
 namespace embax::test {
@@ -211,6 +212,36 @@ void test_occurrences(Threads& pool) {
   }
 }
 
+void test_distinct(Threads& pool) {
+  for (int64_t capacity : {0, 1, 100, 129, 1025, 20000, 140000}) {
+    for (int64_t rows : {int64_t{0}, int64_t{1}, int64_t{3}, int64_t{2000}, int64_t{1} << 20, int64_t{INT32_MAX}}) {
+      for (bool absent : {false, true}) {
+        Batch batch = batch_of(Form::kOwn, capacity, 0, absent ? 0 : rows, false);
+        if (absent) std::fill(batch.ids.begin(), batch.ids.end(), below(2) ? -1 : INT32_MIN);
+        const int64_t room = std::min(capacity, rows);
+        Array<int32_t> unique(room), places(capacity);
+        Team<Threads> team(pool, capacity);
+        const int64_t found = find_distinct(team, {batch.ids.data(), capacity, rows, unique.data(), places.data()});
+        std::map<int64_t, int64_t> rank;
+        for (int32_t id : batch.ids) {
+          if (id >= 0 && id < rows) rank[id] = 0;
+        }
+        int64_t next = 0;
+        for (auto& [row, place] : rank) {
+          EMBAX_CHECK(unique[next] == row, "distinct row %ld", static_cast<long>(next));
+          place = next++;
+        }
+        EMBAX_CHECK(found == next, "%ld distinct rows, not %ld", static_cast<long>(found), static_cast<long>(next));
+        for (; next < room; ++next) EMBAX_CHECK(unique[next] == rows, "filled up at %ld", static_cast<long>(next));
+        for (int64_t j = 0; j < capacity; ++j) {
+          const auto at = rank.find(batch.ids[j]);
+          EMBAX_CHECK(places[j] == (at == rank.end() ? room : at->second), "place of id %ld", static_cast<long>(j));
+        }
+      }
+    }
+  }
+}
+
 // A table with its slots, and copies of them.
 struct State {
   explicit State(Array<char> numbers) : table(std::move(numbers)) {}
@@ -327,6 +358,7 @@ int main() {
   for (int threads = 1; threads <= 4; ++threads) {
     Threads pool(threads);
     test_occurrences(pool);
+    test_distinct(pool);
     for (const embax::Kernels* copy : copies()) {
       if (threads == 1) test_conversions(*copy);
       if (threads == 1) test_lookups(*copy);

@@ -37,6 +37,10 @@ class Backend(Protocol):
         """Returns rows one by one."""
         ...
 
+    def distinct_rows(self, ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the distinct rows among ids, and each id's place among them."""
+        ...
+
     def row_products(self, stack: StackPlan, table: jax.Array, ids: StackIds, gradients: jax.Array) -> jax.Array:
         """Returns the derivatives of the gains."""
         ...

@@ -103,6 +103,16 @@ def row_gradients(
     return unique, values
 
 
+def distinct_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the distinct rows among ``ids``, rising and filled up with ``rows``, and each id's place among them.
+
+    Both int32: ``[min(n, rows)]`` and ``[n]``; the place of what is outside of ``[0, rows)`` is ``min(n, rows)``.
+    """
+    shapes = [((min(ids.shape[0], rows),), jnp.int32), (ids.shape, jnp.int32)]
+    unique, places = _call("embax_distinct_rows", (ids,), shapes, rows=np.int64(rows))
+    return unique, places
+
+
 def write_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
     """Returns ``table`` with its distinct ``rows`` replaced by ``values`` of its dtype; those outside are skipped."""
     shape = [(table.shape, table.dtype)]

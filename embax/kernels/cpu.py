@@ -112,6 +112,13 @@ def take(table: jax.Array, rows: jax.Array) -> jax.Array:
     return calls.gather_rows(table, rows)
 
 
+def distinct_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the distinct rows among ``ids``, and each id's place among them."""
+    if not min(ids.shape[0], rows):
+        return reference.distinct_rows(ids, rows)
+    return calls.distinct_rows(ids, rows)
+
+
 def step_rows(optimizer: Optimizer, state: TableState, rows: jax.Array, gradients: jax.Array, hyper: Any) -> TableState:
     """Returns the state with ``rows`` stepped by the optimizer's own formula, read and written natively."""
     total = state.table.shape[0]

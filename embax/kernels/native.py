@@ -24,7 +24,7 @@ LIBRARY_VARIABLE = "EMBAX_NATIVE_LIBRARY"
 """Environment variable that names another library file than the one installed with embax."""
 
 _TARGETS = ("embax_gather_pool", "embax_gather_rows", "embax_row_products", "embax_update", "embax_row_gradients")
-_TARGETS += ("embax_write_rows", "embax_quantized_pool")
+_TARGETS += ("embax_write_rows", "embax_quantized_pool", "embax_distinct_rows")
 _LOCK = threading.Lock()
 
 

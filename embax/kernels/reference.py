@@ -17,7 +17,7 @@ from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
 from embax.rounding import rounded
 from embax.row_gradients import RowGradients, sum_occurrences
-from embax.sorted_rows import chunk_of, padded, varying_with, walk
+from embax.sorted_rows import chunk_of, padded, stable_order, varying_with, walk
 from embax.specs import QuantizationConfig
 from embax.table_state import TableState
 
@@ -104,6 +104,30 @@ def _joined(gradients: tuple) -> jax.Array:
 def take(table: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the rows ``[n]`` of ``table`` at int32 ``rows``, NaN where there is none."""
     return jnp.take(table, rows, axis=0, mode="fill")
+
+
+def distinct_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the distinct rows among int32 ``ids`` ``[n]``, and each id's place among them.
+
+    Ids outside of ``[0, rows)`` are absent. The rows, int32 ``[min(n, rows)]``, rise and are filled up with ``rows``;
+    the place, int32 ``[n]``, of an absent id is ``min(n, rows)``.
+
+    >>> unique, places = distinct_rows(jnp.array([4, 1, 4, 0, 9, 1]), 5)
+    >>> unique.tolist(), places.tolist()
+    ([0, 1, 4, 5, 5], [2, 1, 2, 0, 5, 1])
+    """
+    count, room = ids.shape[0], min(ids.shape[0], rows)
+    if not room:
+        return jnp.zeros(0, jnp.int32), jnp.zeros(count, jnp.int32)
+    keys = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(jnp.int32)
+    order = stable_order(keys, rows)
+    keys = keys[order]
+    begins = jnp.append(keys[0] < rows, (keys[1:] != keys[:-1]) & (keys[1:] < rows))
+    ranks = jnp.cumsum(begins, dtype=jnp.int32) - 1
+    unique = jnp.full(room, rows, jnp.int32)
+    unique = unique.at[jnp.where(begins, ranks, room)].set(keys, mode="drop", unique_indices=True)
+    places = jnp.zeros(count, jnp.int32).at[order].set(jnp.where(keys < rows, ranks, room), unique_indices=True)
+    return unique, places
 
 
 def apply(

@@ -106,8 +106,8 @@ def main():
     lines = [
         f"{args.rows:,} rows x {args.dim}, Adagrad, {args.batch:,} samples x {args.valency} {args.ids} ids",
         "",
-        "| devices | placement | exchange | memory/device | forward wire | compiled | backward wire | compiled | lookup | update "
-        "| step / one device |",
+        "| devices | placement | exchange | memory/device | forward wire | compiled | backward wire | compiled "
+        "| lookup | update | step / one device |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for devices in args.devices:

@@ -159,7 +159,8 @@ def _cost(plan: Plan, stack: StackPlan, devices: Devices, batch_size: int | None
         copies = everybody // shared
         backward = (everybody - 1) * batch + (shared - 1 + (copies - 1) * shared) * samples * width * gradient
     elif stack.exchange == "route":
-        block = shared * bucket(math.ceil(min(ids, stack.stored_rows) / shared * 5 / 4))
+        most = min(ids, stack.stored_rows)
+        block = shared * min(bucket(math.ceil(most / shared * 5 / 4)), most, stack.local_rows)
         forward = (1 - 1 / shared) * block * (4 + dim * table)
         backward = (1 - 1 / shared) * block * (4 + dim * partial)
     else:

@@ -181,4 +181,4 @@ def chosen_exchange(devices: Devices | None, valencies: Sequence[int | None]) ->
     if devices.exchange != "auto":
         return devices.exchange
     ids = max((1 if valency is None else valency for valency in valencies), default=1)
-    return "gather" if devices.table_shards <= max(ids, 8) or devices.table_only_axes else "route"
+    return "gather" if devices.table_shards <= max(ids, 4) or devices.table_only_axes else "route"

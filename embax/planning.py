@@ -152,7 +152,6 @@ def plan(
     backend: str | None = None,
     mesh: Any = None,
     placement: str | Mapping[str, str] = "row",
-    exchange: str | None = None,
 ) -> Plan:
     """Returns the plan of the given features: tables stacked, rows numbered, everything checked.
 
@@ -185,8 +184,6 @@ def plan(
         activation_dtype = float_dtype("plan", "activation_dtype", activation_dtype)
     specs, structure = jax.tree.flatten(features, is_leaf=lambda x: isinstance(x, FeatureSpec))
     devices = as_devices(mesh)
-    if exchange is not None:
-        devices = dataclasses.replace(devices, exchange=exchange)
     tables = _tables_of(specs)
     if placement == "auto" and devices is not None:
         from embax.costs import chosen_placements
@@ -277,7 +274,7 @@ class _Rule(NamedTuple):
                 f'plan: table "{group[0].name}" has embedding_dim {group[0].embedding_dim}, and placement "column" '
                 f"splits it over {shards} devices; make it a multiple of {shards}, or place it otherwise"
             )
-        if rows > MAX_STACK_ROWS:
+        if rows > MAX_STACK_ROWS - (shards - 1):  # stored, they are filled up to a multiple of the devices
             raise ValueError(f'plan: stack "{stack}" would have more than {MAX_STACK_ROWS} rows; split it')
         tables = tuple(
             TablePlan(t.name, t.vocabulary_size, offset, t.initializer, t.combiner)

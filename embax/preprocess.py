@@ -1,7 +1,6 @@
 """ids -> IdBatch on the host: everything about the input is checked here, and here it can be said.
 
-Nothing is changed before everything is checked. Inside jit, where nothing can be raised, use
-``preprocess_traced``.
+Nothing is changed before everything is checked. Inside jit, where nothing can be raised, use ``preprocess_traced``.
 """
 
 from collections.abc import Iterable

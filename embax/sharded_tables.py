@@ -16,7 +16,6 @@ from embax.optimizers.base import map_slots, slot_names
 from embax.placement import Devices
 from embax.planning import StackPlan
 
-
 PARTS = 8  # of a block, dealt out one after another
 
 

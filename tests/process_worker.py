@@ -3,6 +3,7 @@
 Each has 4 CPU devices and makes its own part of every batch; a mesh spans the devices of all. ACT is a function below.
 """
 
+import dataclasses
 import faulthandler
 import os
 import sys
@@ -54,7 +55,9 @@ def mesh_of(case):
 
 
 def plan_of(case):
-    return embax.plan(features(), mesh=mesh_of(case), **CASES[case])
+    settings = dict(CASES[case])
+    devices = dataclasses.replace(embax.placement.as_devices(mesh_of(case)), exchange=settings.pop("exchange"))
+    return embax.plan(features(), mesh=devices, **settings)
 
 
 def ids(step, part, parts):

@@ -80,7 +80,9 @@ def _features(optimizer, ragged=True, **settings):
 
 
 def _plan(optimizer="adagrad", ragged=True, **settings):
-    settings = {"exchange": "gather", **settings} if "mesh" in settings else settings
+    if "mesh" in settings:
+        mesh = settings["mesh"] if isinstance(settings["mesh"], embax.Devices) else embax.Devices(settings["mesh"])
+        settings["mesh"] = dataclasses.replace(mesh, exchange="gather")
     return embax.plan(_features(optimizer, ragged), capacity={"ragged": 160} if ragged else None, **settings)
 
 
@@ -471,7 +473,6 @@ def _one(inputs=(None, 3), dim=6, **settings):
             {"mesh": 4, "placement": "column"},
             r'table "item" has embedding_dim 6, and placement "column" splits it over 4 devices; make it a multiple',
         ),
-        ({"mesh": 4, "exchange": "post"}, r"exchange='post'.* must be \"auto\", 'gather', 'route'"),
     ],
 )
 def test_plans_that_are_refused(settings, text):
@@ -486,10 +487,16 @@ def test_axes_that_are_refused(axes):
         embax.Devices(_mesh((2, 2)), **axes)
 
 
-@pytest.mark.xfail(strict=True, reason="dataclasses.replace of None", raises=TypeError)
-def test_an_exchange_without_a_mesh():
-    with pytest.raises(ValueError, match="exchange='gather' .* mesh="):
-        _one(exchange="gather")
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"exchange": "post"}, r"exchange='post' must be \"auto\", 'gather', 'route'"),
+        ({"wire_dtype": "int8"}, "wire_dtype=int8 must be bfloat16 or float16, or None"),
+    ],
+)
+def test_wires_that_are_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        embax.Devices(_line(2), **settings)
 
 
 def test_a_mesh_that_is_none():

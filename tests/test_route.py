@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import embax
 from embax.check_step import _inspect
 from embax.exchange import route
+from embax.exchange.shards import Here
 
 DIM, ROWS, SAMPLES, STEPS = 8, 4000, 61, 3
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -160,7 +161,7 @@ def _rounds(size, number):
     plan = _plan("adagrad", "reference", mesh=_line(size))
     (stack,) = plan.stacks
     ids = embax.preprocess(plan, _inputs(number)[0]).stacks[stack.name]
-    way = route._way(stack, plan.devices, "reference", ids.shard(0))
+    way = route._way(Here(stack, plan.devices, "reference"), ids.shard(0))
     assert not way.single
     counts = [np.bincount(np.unique(part[part < stack.rows]) % size).max() for part in np.asarray(ids.ids)]
     return -(-max(counts) // way.size)

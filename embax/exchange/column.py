@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange.gather import brought_home
-from embax.exchange.shards import everybodys, local_stack, on_wire, pooled, seeded_here
+from embax.exchange.shards import Here, everybodys, local_stack, on_wire, pooled, seeded_here
 from embax.id_batch import StackIds
 from embax.kernels import reference
 from embax.optimizers.base import map_slots
@@ -22,8 +22,9 @@ from embax.row_gradients import RowGradients
 from embax.table_state import TableState
 
 
-def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
+def lookup(here: Here, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
+    stack, devices, backend = here
     shared = devices.shared_axes
     columns = on_wire(devices, pooled(backend, local_stack(stack), table, everybodys(stack, ids, shared)))
     parts = columns[None]
@@ -37,41 +38,33 @@ def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: St
 
 
 def update(
-    stack: StackPlan,
-    devices: Devices,
-    backend: str,
-    state: TableState,
-    ids: StackIds,
-    token: jax.Array,
-    gradient: jax.Array,
-    hyper: Any,
+    here: Here, state: TableState, ids: StackIds, token: jax.Array, gradient: jax.Array, hyper: Any
 ) -> TableState:
     """Returns this device's columns after one step on the rows that anybody's samples touched."""
+    stack, devices, backend = here
     every, kernel, local = everybodys(stack, ids, devices.batch_axes), kernels.get(backend), local_stack(stack)
     gradient = _own_columns(stack, devices, gradient)
     if stack.optimizer.element_wise():
         hyper = seeded_here(hyper, devices.table_axes)
         return kernel.update(local, state, every, token, (gradient,), hyper)
-    return apply(stack, devices, backend, state, kernel.row_gradients(local, every, token, (gradient,)), hyper)
+    return apply(here, state, kernel.row_gradients(local, every, token, (gradient,)), hyper)
 
 
-def row_gradients(
-    stack: StackPlan, devices: Devices, backend: str, ids: StackIds, token: jax.Array, gradient: jax.Array
-) -> RowGradients:
+def row_gradients(here: Here, ids: StackIds, token: jax.Array, gradient: jax.Array) -> RowGradients:
     """Returns the gradient of this device's columns."""
+    stack, devices, backend = here
     every, kernel = everybodys(stack, ids, devices.batch_axes), kernels.get(backend)
     return kernel.row_gradients(local_stack(stack), every, token, (_own_columns(stack, devices, gradient),))
 
 
-def apply(
-    stack: StackPlan, devices: Devices, backend: str, state: TableState, gradient: RowGradients, hyper: Any
-) -> TableState:
+def apply(here: Here, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
     """Returns this device's columns after one step on the rows of ``gradient``, of which it has its columns."""
+    stack, devices, backend = here
     kernel, width = kernels.get(backend), stack.local_dim
     if stack.optimizer.element_wise():
         return kernel.apply(stack.optimizer, state, gradient, seeded_here(hyper, devices.table_axes))
     nearest = jnp.minimum(gradient.rows, stack.rows - 1)
-    here = jax.lax.axis_index(devices.table_axes)
+    position = jax.lax.axis_index(devices.table_axes)
 
     def whole(values):
         return jax.lax.all_gather(values, devices.table_axes, axis=1, tiled=True)
@@ -82,7 +75,7 @@ def apply(
 
     def write(array, values, row_wise=False):
         if not row_wise:
-            values = jax.lax.dynamic_slice_in_dim(values, here * width, width, 1)
+            values = jax.lax.dynamic_slice_in_dim(values, position * width, width, 1)
         return reference.write(array, gradient.rows, values.astype(array.dtype))
 
     kinds = stack.optimizer.slots()
@@ -93,10 +86,9 @@ def apply(
     return TableState(write(state.table, rows), slots)
 
 
-def gain_products(
-    stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds, cotangent: jax.Array
-) -> jax.Array:
+def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -> jax.Array:
     """Returns the derivatives of the gains of this device's ids, from those of its activations."""
+    stack, devices, backend = here
     every, width = everybodys(stack, ids, devices.shared_axes), stack.local_dim
     if devices.shared_axes:
         cotangent = jax.lax.all_gather(cotangent, devices.shared_axes, tiled=True)

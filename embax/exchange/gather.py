@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from embax import kernels
-from embax.exchange.shards import everybodys, local_stack, on_wire, own_rows, pooled, seeded_here
+from embax.exchange.shards import Here, everybodys, local_stack, on_wire, own_rows, pooled, seeded_here
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -18,43 +18,36 @@ from embax.row_gradients import RowGradients
 from embax.table_state import TableState
 
 
-def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
+def lookup(here: Here, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
+    stack, devices, backend = here
     every = _own(stack, devices, everybodys(stack, ids, devices.shared_axes))
     partial = pooled(backend, local_stack(stack, "float32"), table, every)
     return brought_home(devices, on_wire(devices, partial)).astype(stack.activation_dtype)
 
 
 def update(
-    stack: StackPlan,
-    devices: Devices,
-    backend: str,
-    state: TableState,
-    ids: StackIds,
-    token: jax.Array,
-    gradient: jax.Array,
-    hyper: Any,
+    here: Here, state: TableState, ids: StackIds, token: jax.Array, gradient: jax.Array, hyper: Any
 ) -> TableState:
     """Returns this device's rows after one step on those that anybody's samples touched."""
+    stack, devices, backend = here
     every = _own(stack, devices, everybodys(stack, ids, devices.batch_axes))
     gradient = jax.lax.all_gather(on_wire(devices, gradient), devices.batch_axes, tiled=True)
     hyper = seeded_here(hyper, devices.table_axes)
     return kernels.get(backend).update(local_stack(stack), state, every, token, (gradient,), hyper)
 
 
-def row_gradients(
-    stack: StackPlan, devices: Devices, backend: str, ids: StackIds, token: jax.Array, gradient: jax.Array
-) -> RowGradients:
+def row_gradients(here: Here, ids: StackIds, token: jax.Array, gradient: jax.Array) -> RowGradients:
     """Returns the gradient of this device's rows, by their numbers here."""
+    stack, devices, backend = here
     every = _own(stack, devices, everybodys(stack, ids, devices.batch_axes))
     gradient = jax.lax.all_gather(on_wire(devices, gradient), devices.batch_axes, tiled=True)
     return kernels.get(backend).row_gradients(local_stack(stack), every, token, (gradient,))
 
 
-def gain_products(
-    stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds, cotangent: jax.Array
-) -> jax.Array:
+def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -> jax.Array:
     """Returns the derivatives of the gains of this device's ids, from those of its activations."""
+    stack, devices, backend = here
     every = _own(stack, devices, everybodys(stack, ids, devices.shared_axes))
     if devices.shared_axes:
         cotangent = jax.lax.all_gather(cotangent, devices.shared_axes, tiled=True)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from embax import kernels, sharded_tables
 from embax.exchange import column, over_mesh
-from embax.exchange.shards import local_stack, owners, pooled, together
+from embax.exchange.shards import Here, local_stack, owners, pooled, together
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import FeaturePlan, StackPlan
@@ -55,7 +55,7 @@ class Home:
         def local(table, ids, cotangent):
             exchange = over_mesh.exchange_of(self.stack)
             own = ids.shard(0), cotangent[0].astype(jnp.float32)
-            return exchange.gain_products(self.stack, self.devices, backend, table, *own)[None]
+            return exchange.gain_products(Here(self.stack, self.devices, backend), table, *own)[None]
 
         samples = self.devices.batch_spec()
         run = over_mesh.mapped(self.devices, local, (self._table_spec(), samples, samples), samples)
@@ -116,7 +116,7 @@ class Home:
                 width = stack.local_dim
                 first = jax.lax.axis_index(devices.table_axes) * width
                 values = jax.lax.dynamic_slice_in_dim(values, first, width, 1)
-                return column.apply(stack, devices, backend, state, RowGradients(rows, values, stack.rows), hyper)
+                return column.apply(Here(stack, devices, backend), state, RowGradients(rows, values, stack.rows), hyper)
             own = RowGradients(over_mesh.rows_here(stack, devices, rows), values, stack.local_rows)
             return kernels.get(backend).apply(stack.optimizer, state, own, hyper)
 

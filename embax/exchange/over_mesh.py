@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from embax import kernels
 from embax.exchange import column, gather, replicated, route
+from embax.exchange.shards import Here
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import FeaturePlan, Plan, StackPlan
@@ -65,7 +66,7 @@ def looked_up(stack: StackPlan, devices: Devices, backend: str, table: Any, ids:
     """Returns the activations of this device's samples; of none nothing is sent."""
     if not sum(ids.samples):
         return jnp.zeros((0, stack.embedding_dim), stack.activation_dtype)
-    return exchange_of(stack).lookup(stack, devices, backend, table, ids)
+    return exchange_of(stack).lookup(Here(stack, devices, backend), table, ids)
 
 
 def _forward(plan, backend, rows, gains, batch):
@@ -94,7 +95,7 @@ def _backward(plan, backend, kept, cotangents):
             name = stack.name
             own = batch[name].shard(0), _joined(stack, cotangents[name]).astype(jnp.float32)
             if gains[name] is not None:
-                products = exchange_of(stack).gain_products(stack, devices, backend, rows[name], *own)
+                products = exchange_of(stack).gain_products(Here(stack, devices, backend), rows[name], *own)
                 made[name] = products[None]
         return made
 
@@ -138,7 +139,7 @@ def update(
             if not sum(args[0].samples):
                 new[name] = tables[name]
                 continue
-            new[name] = exchange.update(stack, devices, backend, tables[name], *args, hyper[name])
+            new[name] = exchange.update(Here(stack, devices, backend), tables[name], *args, hyper[name])
         return new
 
     states, samples = {stack.name: state_spec(stack, devices) for stack in plan.stacks}, devices.batch_spec()
@@ -170,7 +171,7 @@ def row_gradients(
                 nothing = jnp.zeros((0, stack.local_dim), jnp.float32)
                 made[name] = RowGradients(jnp.zeros(0, jnp.int32), nothing, stack.stored_rows)
                 continue
-            own = exchange.row_gradients(stack, devices, backend, *args)
+            own = exchange.row_gradients(Here(stack, devices, backend), *args)
             made[name] = RowGradients(_stored_rows(stack, devices, own.rows), own.values, stack.stored_rows)
         return made
 
@@ -197,7 +198,7 @@ def apply(
             name, gradient = stack.name, gradients[stack.name]
             own = RowGradients(rows_here(stack, devices, gradient.rows), gradient.values, stack.local_rows)
             if stack.placement == "column":
-                new[name] = column.apply(stack, devices, backend, tables[name], own, hyper[name])
+                new[name] = column.apply(Here(stack, devices, backend), tables[name], own, hyper[name])
             else:
                 new[name] = kernel.apply(stack.optimizer, tables[name], own, hyper[name])
         return new

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange import gather
-from embax.exchange.shards import local_stack, on_wire, owners, pooled, seeded_here, together
+from embax.exchange.shards import Here, local_stack, on_wire, owners, pooled, seeded_here, together
 from embax.id_batch import StackIds, bucket
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -35,28 +35,23 @@ from embax.sorted_rows import varying_with
 from embax.table_state import TableState
 
 
-def lookup(stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds) -> jax.Array:
+def lookup(here: Here, table: Any, ids: StackIds) -> jax.Array:
     """Returns the activations of this device's samples, ``[samples, embedding_dim]`` of all features together."""
-    way = _way(stack, devices, backend, ids)
+    backend = here.backend
+    way = _way(here, ids)
     if way is None or hasattr(table, "lookup_pooled"):  # quantized rows pool themselves
-        return gather.lookup(stack, devices, backend, table, ids)
+        return gather.lookup(here, table, ids)
     return pooled(backend, *_fetched(way, table, together(ids)))
 
 
 def update(
-    stack: StackPlan,
-    devices: Devices,
-    backend: str,
-    state: TableState,
-    ids: StackIds,
-    token: jax.Array,
-    gradient: jax.Array,
-    hyper: Any,
+    here: Here, state: TableState, ids: StackIds, token: jax.Array, gradient: jax.Array, hyper: Any
 ) -> TableState:
     """Returns this device's rows after one step on those that anybody's samples touched."""
-    way = _way(stack, devices, backend, ids)
+    stack, devices, backend = here
+    way = _way(here, ids)
     if way is None:
-        return gather.update(stack, devices, backend, state, ids, token, gradient, hyper)
+        return gather.update(here, state, ids, token, gradient, hyper)
     kernel, hyper = kernels.get(backend), seeded_here(hyper, devices.table_axes)
     keyed = dataclasses.replace(stack, rows=stack.stored_rows)
     own = kernel.row_gradients(keyed, dataclasses.replace(ids, ids=_keys(stack, ids)[1]), token, (gradient,))
@@ -83,20 +78,17 @@ def update(
     return turn(start)[0] if way.single else jax.lax.while_loop(lambda carry: carry[2], turn, start)[0]
 
 
-def row_gradients(
-    stack: StackPlan, devices: Devices, backend: str, ids: StackIds, token: jax.Array, gradient: jax.Array
-) -> RowGradients:
+def row_gradients(here: Here, ids: StackIds, token: jax.Array, gradient: jax.Array) -> RowGradients:
     """Returns the gradient of this device's rows, by their numbers here."""
-    return gather.row_gradients(stack, devices, backend, ids, token, gradient)
+    return gather.row_gradients(here, ids, token, gradient)
 
 
-def gain_products(
-    stack: StackPlan, devices: Devices, backend: str, table: Any, ids: StackIds, cotangent: jax.Array
-) -> jax.Array:
+def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -> jax.Array:
     """Returns the derivatives of the gains of this device's ids, from those of its activations."""
-    way = _way(stack, devices, backend, ids)
+    backend = here.backend
+    way = _way(here, ids)
     if way is None or hasattr(table, "lookup_pooled"):
-        return gather.gain_products(stack, devices, backend, table, ids, cotangent)
+        return gather.gain_products(here, table, ids, cotangent)
     return kernels.get(backend).row_products(*_fetched(way, table, together(ids)), cotangent)
 
 
@@ -167,8 +159,9 @@ class _Way(NamedTuple):
         return blocks if dtype.itemsize != 2 else jax.lax.bitcast_convert_type(blocks, dtype)
 
 
-def _way(stack: StackPlan, devices: Devices, backend: str, ids: StackIds) -> _Way | None:
+def _way(here: Here, ids: StackIds) -> _Way | None:
     """Returns how the rows travel; None where none does, for there is one device or no id."""
+    stack, devices, backend = here
     if devices.table_only_axes:
         raise ValueError(
             f'stack "{stack.name}": exchange="route" needs a batch that is split along every axis of the tables, and '

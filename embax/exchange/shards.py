@@ -10,7 +10,7 @@ Three samples on each of 2 devices, a stack of 6 rows dealt out by row % 2; what
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,14 @@ from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import StackPlan
 from embax.rounding import mixed
+
+
+class Here(NamedTuple):
+    """What an exchange is told: the stack, its devices, and the backend that does the row work on each."""
+
+    stack: StackPlan
+    devices: Devices
+    backend: str
 
 
 def local_stack(stack: StackPlan, activation_dtype: str | None = None) -> StackPlan:

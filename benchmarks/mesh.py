@@ -6,9 +6,7 @@ time of one device; what is beyond that is the exchange's. Contenders take turns
 
 import argparse
 import functools
-import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -21,29 +19,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import embax  # noqa: E402
+from benchmarks.wire import wire_bytes  # noqa: E402
 from embax.costs import costs  # noqa: E402
 
 WAYS = (("row", "gather"), ("row", "route"), ("table", "gather"), ("column", "gather"), ("replicated", "gather"))
-SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "pred": 1, "u8": 1, "s8": 1}
-COLLECTIVES = r"(all-gather|reduce-scatter|all-to-all|all-reduce)(?:-start)?\("
-
-
-def wire_bytes(text: str) -> int:
-    """Returns the bytes that one device receives in the collectives of a compiled program; loops counted once."""
-    total = 0.0
-    for line in text.splitlines():
-        found = re.search(r"= (.*?) " + COLLECTIVES, line)
-        if not found:
-            continue
-        result, kind = found[1], found[2]
-        shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result)
-        size = sum(SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes)
-        group = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])", line)
-        assert group, line
-        devices = len(group[1].split(",")) if group[1] else int(group[3])
-        share = (devices - 1) / devices
-        total += {"reduce-scatter": size * (devices - 1), "all-reduce": 2 * size * share}.get(kind, size * share)
-    return round(total)
 
 
 class Contender:

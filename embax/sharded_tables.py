@@ -151,18 +151,20 @@ class _Maker:
 
             def deal(number, values):
                 done = number * part
-                pieces = block[jnp.minimum(own[:, None] + shards * (done + jnp.arange(part)[None]), self.rows - 1)]
+                pieces = block[
+                    jnp.minimum(own[:, None] + shards * (done + jnp.arange(part, dtype=jnp.int32)[None]), self.rows - 1)
+                ]
                 pieces = jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True)
 
                 def write(maker, values):
                     count = jnp.clip(counts[maker] - done, 0, part)
                     return _written(values, pieces[maker], starts[maker] + done, count)
 
-                return jax.lax.fori_loop(0, shards, write, values)
+                return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
 
-            return jax.lax.fori_loop(0, PARTS, deal, values)
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(PARTS), deal, values)
 
-        return jax.lax.fori_loop(0, -(-total // (self.rows * shards)), group, values)
+        return jax.lax.fori_loop(jnp.int32(0), -(-total // (self.rows * shards)), group, values)
 
     def split(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes as many blocks at a time as there are devices, one on each, and sends their columns out."""
@@ -178,9 +180,9 @@ class _Maker:
                 begin = (turn * shards + maker) * self.rows
                 return _written(values, pieces[maker], first + begin, jnp.clip(total - begin, 0, self.rows))
 
-            return jax.lax.fori_loop(0, shards, write, values)
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
 
-        return jax.lax.fori_loop(0, -(-total // (self.rows * shards)), group, values)
+        return jax.lax.fori_loop(jnp.int32(0), -(-total // (self.rows * shards)), group, values)
 
     def whole(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes all blocks of a table that this device has whole."""
@@ -195,12 +197,13 @@ class _Maker:
             count = jnp.minimum(total - number * self.rows, self.rows)
             return _written(values, block, start + number * self.rows, count)
 
-        return jax.lax.fori_loop(0, jnp.where(mine, -(-total // self.rows), 0), one, values)
+        return jax.lax.fori_loop(jnp.int32(0), jnp.where(mine, -(-total // self.rows), jnp.int32(0)), one, values)
 
 
 def _written(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
     """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``."""
     window = min(block.shape[0], values.shape[0])
+    first = jnp.asarray(first, jnp.int32)  # under x64 the counters of loops are wider
     start = jnp.minimum(first, values.shape[0] - window)
     source = start - first + jnp.arange(window, dtype=jnp.int32)
     old = jax.lax.dynamic_slice(values, (start, jnp.int32(0)), (window, values.shape[1]))

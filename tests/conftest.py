@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # `make nightly` asks for more.
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "16"))
 settings.register_profile(
     "embax",
     max_examples=EXAMPLES,
@@ -25,11 +25,38 @@ settings.register_profile(
 settings.load_profile("embax")
 
 
+# Long sweeps beside which a shorter one of the same kind stays in `make test`.
+NIGHTLY = (
+    (
+        "test_battery.py",
+        ("[reference-sgd_schedule-float16", "[reference-sgd_modified-float16", "[reference-laprop-float16"),
+    ),
+    ("test_battery.py", ("[reference-ftrl-float16", "[reference-ftrl_multiplied-float16", "[reference-f2a-float16")),
+    (
+        "test_battery.py",
+        ("[reference-adagrad_momentum", "[reference-adam_modified-float16", "[reference-custom-float16"),
+    ),
+    ("test_battery.py", ("[reference-optax-float16", "[reference-adagrad_callable-")),
+    ("test_laws.py", ("test_same_inputs_same_bits[reference", "test_capacity_does_not_matter[reference")),
+    (
+        "test_mesh.py",
+        ("test_initial_values_are_those_of_one_device[2]", "test_initial_values_are_those_of_one_device[4]"),
+    ),
+    ("test_mesh_shapes.py", ("[reference]",)),
+    ("test_mesh_layers.py", ("test_nnx[prefetch", "-_square-", "test_weights_that_are_learned[column", "[replicated]")),
+    ("test_export.py", ("[False-optimizer1]", "[False-optimizer2]", "[True-optimizer1]")),
+)
+
 # What a newer jax is least likely to change, and takes long: on the oldest only, nightly on both.
 ONCE = (
     ("test_transforms.py", ("-prefetched]", "-plain]", "-eager]")),
-    ("test_battery.py", ("[reference-sgd-", "[reference-rowwise_adagrad-", "[reference-adam_modified-")),
-    ("test_laws.py", ("test_same_inputs_same_bits[reference", "test_capacity_does_not_matter[reference")),
+    ("test_battery.py", ("[reference-sgd-", "[reference-rowwise_adagrad-", "[reference-adam_modified-", "-float16")),
+    ("test_docs.py", ("[flax.md]", "[specification.md]")),
+    ("test_export.py", ("[",)),
+    ("test_quantized.py", ("[reference-",)),
+    ("test_processes.py", ("test_",)),
+    ("test_route.py", ("test_as_one_device[reference", "test_rows_and_gradients")),
+    ("test_mesh_layers.py", ("test_linen", "test_nnx", "test_weights")),
     ("test_native.py", ("test_neither_threads",)),
     (
         "test_mesh.py",
@@ -39,10 +66,12 @@ ONCE = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marker
 def pytest_collection_modifyitems(items):
     for item in items:
-        if any(file in item.nodeid and any(part in item.name for part in parts) for file, parts in ONCE):
-            item.add_marker(pytest.mark.once)
+        for marker, tests in ((pytest.mark.once, ONCE), (pytest.mark.nightly, NIGHTLY)):
+            if any(file in item.nodeid and any(part in item.name for part in parts) for file, parts in tests):
+                item.add_marker(marker)
 
 
 @pytest.fixture(params=["reference", "cpu"])

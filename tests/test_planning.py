@@ -93,7 +93,7 @@ def test_long_names_are_shortened_with_a_hash():
             lambda: embax.plan(
                 [feature(table_spec("a"), "x"), feature(table_spec("b", dim=3), "y")], stacks={"s": ["a", "b"]}
             ),
-            'stack "s" cannot hold tables "a" and "b": they differ in embedding_dim, dtype, optimizer or quantization',
+            'stack "s" cannot hold tables "a" and "b": they differ in embedding_dim, dtype, optimizer, quantization',
         ),
         (
             lambda: embax.plan([feature(table_spec("a"), "x"), feature(table_spec("b"), "y")], stacks={"b": ["a"]}),

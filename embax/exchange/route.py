@@ -223,7 +223,9 @@ def _in_rounds(way: _Way, table: jax.Array, unique: jax.Array, begins: jax.Array
         number, kept = carry
         block = way.block(begins[:-1] + number * way.size, begins[1:])
         blocks = _brought(way, table, unique, block).reshape(*block.places.shape, -1)
-        return number + 1, jax.lax.fori_loop(0, way.stack.shards, functools.partial(_put, block, blocks), kept)
+        return number + 1, jax.lax.fori_loop(
+            jnp.int32(0), jnp.int32(way.stack.shards), functools.partial(_put, block, blocks), kept
+        )
 
     return jax.lax.cond(rounds > 1, often, once)
 

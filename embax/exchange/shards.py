@@ -63,7 +63,7 @@ def everybodys(stack: StackPlan, ids: StackIds, axes: Sequence[str]) -> StackIds
         return ids
     capacity, samples = ids.ids.shape[0], ids.samples[0]
     # What stands behind the last offset means nothing; in the middle of everybody's ids it must be absent.
-    rows = jnp.where(jnp.arange(capacity) < ids.offsets[-1], ids.ids, stack.rows)
+    rows = jnp.where(jnp.arange(capacity, dtype=jnp.int32) < ids.offsets[-1], ids.ids, stack.rows)
     every = jax.lax.all_gather(rows, axes)
     devices = every.shape[0]
     firsts = jax.lax.all_gather(ids.offsets[:-1], axes) + capacity * jnp.arange(devices, dtype=jnp.int32)[:, None]

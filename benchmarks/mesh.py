@@ -78,6 +78,7 @@ class Contender:
 def main():
     """Runs every way on every number of devices, and prints two tables."""
     args = _arguments()
+    embax.tune_allocator()
     rng = np.random.default_rng(0)
     shape = (args.batch, args.valency)
     ids = rng.integers(0, args.rows, shape) if args.ids == "uniform" else (rng.zipf(1.05, shape) - 1) % args.rows

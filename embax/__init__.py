@@ -20,6 +20,7 @@ The library in seven lines:
 (3, 4)
 """
 
+from embax import costs as costs
 from embax.allocator import tune_allocator as tune_allocator
 from embax.check_step import StepReport as StepReport
 from embax.check_step import check_step as check_step

@@ -62,7 +62,7 @@ def _cut(plan: Plan, stack: StackPlan, ids: StackIds, shards: int, room: int | N
             "on the host, or preprocess each device's ids inside of jax.shard_map"
         )
     filled = any(shards * own != total for own, total in zip(samples, totals, strict=True))
-    return StackIds(rows, offsets, gains, samples, ids.valencies, totals if filled else None)
+    return StackIds(rows, offsets, gains, samples, ids.valencies, totals if filled else None, stack.layout)
 
 
 def _samples_of_one(plan: Plan, stack: StackPlan, ids: StackIds, shards: int) -> tuple[int, ...]:

@@ -79,6 +79,8 @@ def costs(plan: Plan, batch_size: int | None = None) -> list[StackCost]:
     """
     if plan.devices is None:
         raise ValueError("costs: the plan is of one device, which sends nothing; pass mesh= to embax.plan")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"costs: batch_size={batch_size} must be at least 1, or None for the features' own")
     return [_cost(plan, stack, plan.devices, batch_size) for stack in plan.stacks]
 
 

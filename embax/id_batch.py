@@ -48,6 +48,7 @@ class StackIds:
       valencies: ids per sample of each feature where it is the same for all samples, else None (static).
       totals: samples of each feature over all shards, where the last shards are filled up with samples that are not
         there; None where none are (static).
+      layout: of the stack that the ids are rows of, on a mesh, where it differs by placement (static).
     """
 
     ids: Any
@@ -56,6 +57,7 @@ class StackIds:
     samples: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     valencies: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     totals: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    layout: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def shard(self, index: int) -> "StackIds":
         """Returns one shard's ids, without the leading dimension."""

@@ -108,6 +108,11 @@ def check_batch(plan: Plan, batch: IdBatch) -> None:
                 "features, and "
                 f"the plan has {len(stack.features)}; preprocess the ids with this plan"
             )
+        if ids.layout is not None and ids.layout != stack.layout:
+            raise ValueError(
+                f'stack "{stack.name}": the batch was made for tables at other rows of their stack (another '
+                "placement or mesh); preprocess the ids with this plan"
+            )
         if jnp.shape(ids.ids)[0] != shards_of(plan):
             raise ValueError(
                 f'stack "{stack.name}": the batch has {jnp.shape(ids.ids)[0]} shards, and the plan '

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 EXCHANGES = ("gather", "route")
@@ -60,16 +60,28 @@ class Devices:
             raise TypeError(f"Devices: mesh is a {type(self.mesh).__name__}; give a jax.sharding.Mesh")
         for name in ("batch_axes", "table_axes"):
             object.__setattr__(self, name, self._axes(name))
+        if any(kind == AxisType.Manual for kind in self.mesh.axis_types):
+            raise ValueError("Devices: the mesh has Manual axes; give the mesh that the shard_map was called with")
+        if self.exchange == "route" and self.table_only_axes:
+            raise ValueError(
+                f'Devices: exchange="route" needs a batch that is split along every axis of the tables, and along '
+                f'{self.table_only_axes} it is not; use exchange="gather", or name those axes in batch_axes too'
+            )
         if self.exchange not in ("auto", *EXCHANGES):
             raise ValueError(f'Devices: exchange={self.exchange!r} must be "auto", {", ".join(map(repr, EXCHANGES))}')
         if self.wire_dtype is not None:
-            name = jnp.dtype(self.wire_dtype).name
+            try:
+                name = jnp.dtype(self.wire_dtype).name
+            except TypeError:
+                name = repr(self.wire_dtype)
             if name not in ("bfloat16", "float16"):
                 raise ValueError(f"Devices: wire_dtype={name} must be bfloat16 or float16, or None for no rounding")
             object.__setattr__(self, "wire_dtype", name)
 
     def _axes(self, name: str) -> tuple[str, ...]:
         given = getattr(self, name)
+        if given is not None and not isinstance(given, (str, tuple, list)):
+            raise TypeError(f"Devices: {name}={given!r} must be the name of an axis of the mesh, or several in a tuple")
         axes = self.mesh.axis_names if given is None else (given,) if isinstance(given, str) else tuple(given)
         unknown = [axis for axis in axes if axis not in self.mesh.axis_names]
         if unknown or len(set(axes)) != len(axes) or not axes:
@@ -113,7 +125,7 @@ class Devices:
     @property
     def explicit(self) -> bool:
         """Whether axes of the mesh are Explicit: arrays then have their sharding in their type."""
-        return jax.sharding.AxisType.Explicit in self.mesh.axis_types
+        return AxisType.Explicit in self.mesh.axis_types
 
     def inside(self) -> bool:
         """Returns whether the caller is inside of a shard_map or pmap over all axes in use: arrays are shards then."""

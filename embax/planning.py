@@ -78,6 +78,11 @@ class StackPlan:
     exchange: str = "gather"
 
     @property
+    def layout(self) -> tuple[int, ...]:
+        """Its rows, and the first row of each table: what the ids of a batch are numbered by."""
+        return (self.rows, *(table.row_offset for table in self.tables))
+
+    @property
     def local_rows(self) -> int:
         """Rows that one device holds."""
         return -(-self.rows // self.shards) if self.placement in ("row", "table") else self.rows

@@ -15,11 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AbstractMesh
 
 from embax.optimizers.base import Optimizer, map_slots, slot_names
 from embax.placement import Devices
 from embax.planning import Plan, StackPlan, TablePlan
-from embax.sharded_tables import empty_rows, fill_table, fresh_slots, in_order, part_specs, placed, stored, written
+from embax.sharded_tables import (
+    empty_rows,
+    fill_table,
+    fresh_slots,
+    in_order,
+    part_specs,
+    placed,
+    stored,
+    table_spec,
+    written,
+)
 
 BLOCK_ROWS = 65_536
 SMALLEST_BLOCK = 1024
@@ -56,6 +67,7 @@ def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
     >>> embax.init(embax.plan(history), jax.random.key(0))["item"].slots.accumulator.shape
     (6, 2)
     """
+    _check_outside(plan, "init")
     rows = init_rows(plan, key)
     if plan.devices is not None:
         return {s.name: TableState(rows[s.name], fresh_slots(s, plan.devices)) for s in plan.stacks}
@@ -187,6 +199,7 @@ def to_arrays(plan: Plan, tables: Mapping[str, TableState]) -> dict[str, dict[st
     >>> sorted(embax.to_arrays(plan, embax.init(plan, jax.random.key(0)))["item"])
     ['accumulator', 'table']
     """
+    _check_outside(plan, "to_arrays")
     check_slots(plan, tables)
     arrays = {}
     for stack in plan.stacks:
@@ -296,6 +309,41 @@ def check_tables(plan: Plan, tables: Mapping[str, TableState]) -> None:
                 f'stack "{stack.name}": the table has shape {shape}, and the plan says '
                 f"{_stored_shape(plan, stack)}; pass the tables that init made for this plan"
             )
+        _check_place(plan, stack, table)
+
+
+def _check_outside(plan: Plan, what: str) -> None:
+    """Raises ValueError where whole arrays cannot be made: inside of a shard_map, or without the mesh's devices."""
+    if plan.devices is not None and plan.devices.inside():
+        raise ValueError(f"{what}: inside of a shard_map there are shards only; call it outside, with the whole tables")
+    if plan.devices is not None and isinstance(plan.devices.mesh, AbstractMesh):
+        raise ValueError(f"{what}: the plan is of an AbstractMesh, which has no devices; it is for planning only")
+
+
+def _check_place(plan: Plan, stack: StackPlan, table: Any) -> None:
+    """Raises ValueError for an array that lies otherwise than the plan says: its rows may stand in another order.
+
+    Arrays of the host and traced ones do not say how they lie.
+    """
+    if not isinstance(table, jax.Array) or isinstance(table, Tracer):
+        return
+    if plan.devices is None:
+        fits = len(table.sharding.device_set) == 1 or table.sharding.is_fully_replicated
+    else:
+        wanted = plan.devices.sharding(table_spec(stack, plan.devices))
+        fits = plan.devices.inside() or table.sharding.is_equivalent_to(wanted, 2)
+    if not fits:
+        raise ValueError(
+            f'stack "{stack.name}": the table lies on its devices as {table.sharding.spec}, and the plan has it '  # type: ignore[attr-defined]
+            f"{_place(plan, stack)}; the rows of another plan's tables may stand in another order: carry them over by "
+            "embax.from_arrays(plan, embax.to_arrays(other_plan, tables))"
+        )
+
+
+def _place(plan: Plan, stack: StackPlan) -> str:
+    if plan.devices is None:
+        return "on one device"
+    return f'placed "{stack.placement}" over {plan.devices.table_shards} devices'
 
 
 def _stored_shape(plan: Plan, stack: StackPlan) -> tuple[int, int]:

@@ -43,7 +43,8 @@ NIGHTLY = (
         ("test_initial_values_are_those_of_one_device[2]", "test_initial_values_are_those_of_one_device[4]"),
     ),
     ("test_mesh_shapes.py", ("[reference]",)),
-    ("test_mesh_layers.py", ("test_nnx[prefetch", "-_square-", "test_weights_that_are_learned[column", "[replicated]")),
+    ("test_mesh_layers.py", ("test_nnx[prefetch", "-_square-", "test_linen", "[column]", "[replicated]")),
+    ("test_mesh_mistakes.py", ("[int8]", "[int16]", "[row-column]", "[row-replicated]")),
     ("test_export.py", ("[False-optimizer1]", "[False-optimizer2]", "[True-optimizer1]")),
 )
 
@@ -55,6 +56,7 @@ ONCE = (
     ("test_export.py", ("[",)),
     ("test_quantized.py", ("[reference-",)),
     ("test_processes.py", ("test_",)),
+    ("test_mesh_mistakes.py", ("test_",)),
     ("test_route.py", ("test_as_one_device[reference", "test_rows_and_gradients")),
     ("test_mesh_layers.py", ("test_linen", "test_nnx", "test_weights")),
     ("test_native.py", ("test_neither_threads",)),

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "batch.h"
+#include "distinct.h"
 #include "plain.h"
 
 namespace embax::test {
@@ -120,6 +121,21 @@ void look_up(Bytes& bytes, const Kernels& copy, const Rows& table, const Batch& 
   copy.row_products({table, batch.view, sample_of.data(), out.data(), out_dtype, asked, products.data()}, 0, capacity);
 }
 
+void distinct(Threads& pool, const Batch& batch, int64_t rows) {
+  const int64_t capacity = batch.view.capacity, room = std::min(capacity, rows);
+  Array<int32_t> unique(room), places(capacity);
+  Team<Threads> team(pool, capacity);
+  const int64_t found = find_distinct(team, {batch.ids.data(), capacity, rows, unique.data(), places.data()});
+  for (int64_t i = 0; i < room; ++i) {
+    EMBAX_CHECK(i < found ? unique[i] < rows && (i == 0 || unique[i - 1] < unique[i]) : unique[i] == rows, "distinct");
+  }
+  for (int64_t i = 0; i < capacity; ++i) {
+    const int64_t id = batch.ids[i];
+    const bool present = id >= 0 && id < rows;
+    EMBAX_CHECK(present ? places[i] < found && unique[places[i]] == id : places[i] == room, "place of an id");
+  }
+}
+
 void step(Bytes& bytes, Threads& pool, const Kernels& copy, Array<char>& table, const Rows& shape, const Batch& batch) {
   const int64_t samples = batch.view.samples, dim = shape.dim;
   if (samples == 0 || batch.view.capacity == 0 || shape.rows == 0 || dim == 0) return;  // the bindings return early
@@ -198,6 +214,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   test::Array<char> table = bytes.array<char>(rows * dim * test::size_of(dtype));
   const Rows shape{table.data(), dtype, rows, dim};
   test::look_up(bytes, copy, shape, batch);
+  test::distinct(pool, batch, rows);
   test::step(bytes, pool, copy, table, shape, batch);
   return 0;
 }

@@ -42,7 +42,8 @@ def plan(
         made = embax.plan(features, mesh=mesh, placement=placement)
     except ValueError as error:
         raise CommandError(f"{spec}: {error}") from None
-    typer.echo(f"{devices} devices, {batch_size:,} samples a step; bytes are those that one device receives")
+    many = "devices" if devices > 1 else "device"
+    typer.echo(f"{devices} {many}, {batch_size:,} samples a step; bytes are those that one device receives")
     typer.echo(explain(made, batch_size, Machine(wire * 1e9, memory * 1e9)))
 
 
@@ -56,6 +57,9 @@ def read_spec(path: Path) -> list[embax.FeatureSpec]:
         raise CommandError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or set(content) != {"tables", "features"}:
         raise CommandError(f'{path} must be {{"tables": {{...}}, "features": {{...}}}}')
+    for part in ("tables", "features"):
+        if not isinstance(content[part], dict):
+            raise CommandError(f'{path}: "{part}" must be an object of names, and is a {type(content[part]).__name__}')
     tables = {name: _table(path, name, entry) for name, entry in content["tables"].items()}
     return [_feature(path, name, entry, tables) for name, entry in content["features"].items()]
 
@@ -63,7 +67,7 @@ def read_spec(path: Path) -> list[embax.FeatureSpec]:
 def _table(path: Path, name: str, entry: Any) -> embax.TableSpec:
     _check_keys(f'{path}: table "{name}"', entry, {"vocabulary_size", "embedding_dim"}, TABLE_KEYS)
     kind = entry.get("optimizer", "adagrad")
-    if kind not in OPTIMIZERS:
+    if not isinstance(kind, str) or kind not in OPTIMIZERS:
         raise CommandError(f'{path}: table "{name}": optimizer {kind!r} must be one of {", ".join(OPTIMIZERS)}')
     settings = {key: entry[key] for key in ("dtype",) if key in entry}
     try:
@@ -82,7 +86,7 @@ def _table(path: Path, name: str, entry: Any) -> embax.TableSpec:
 
 def _feature(path: Path, name: str, entry: Any, tables: dict[str, embax.TableSpec]) -> embax.FeatureSpec:
     _check_keys(f'{path}: feature "{name}"', entry, {"table"}, FEATURE_KEYS)
-    if entry["table"] not in tables:
+    if not isinstance(entry["table"], str) or entry["table"] not in tables:
         raise CommandError(f'{path}: feature "{name}" names table {entry["table"]!r}, which is not in "tables"')
     table, valency, positions = tables[entry["table"]], entry.get("valency"), entry.get("positions")
     tail = () if positions is None else (positions,)

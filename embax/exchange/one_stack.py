@@ -40,8 +40,11 @@ class Home:
         return over_mesh.mapped(self.devices, local, (self._table_spec(), samples), samples)(table, ids)
 
     def lookup_among(self, backend: str, values: jax.Array, ids: StackIds) -> jax.Array:
-        """Returns ``lookup`` in a small table that every device has whole; differentiable in its values."""
-        return _among(self, backend, values, ids)
+        """Returns ``lookup`` in a small table that every device has whole; differentiable in values and gains."""
+        gains, ids = ids.gains, dataclasses.replace(ids, gains=None)
+        if gains is not None and self.devices.explicit:
+            gains = jax.sharding.reshard(gains, self.devices.sharding(self.devices.batch_spec()))
+        return _among(self, backend, values, gains, ids)
 
     def token(self, activations: jax.Array) -> jax.Array:
         """Returns one activation of each shard, on every device."""
@@ -118,7 +121,7 @@ class Home:
                 values = jax.lax.dynamic_slice_in_dim(values, first, width, 1)
                 return column.apply(Here(stack, devices, backend), state, RowGradients(rows, values, stack.rows), hyper)
             own = RowGradients(over_mesh.rows_here(stack, devices, rows), values, stack.local_rows)
-            return kernels.get(backend).apply(stack.optimizer, state, own, hyper)
+            return over_mesh.applied(Here(stack, devices, backend), state, own, hyper)
 
         spec = over_mesh.state_spec(stack, devices)
         run = over_mesh.mapped(devices, local, (spec, P(), P(), P()), spec)
@@ -129,32 +132,38 @@ class Home:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _among(home: Home, backend: str, values: jax.Array, ids: StackIds) -> jax.Array:
+def _among(home: Home, backend: str, values: jax.Array, gains: Any, ids: StackIds) -> jax.Array:
     stack = _small(home, values)
 
-    def local(values, ids):
+    def local(values, gains, ids):
+        ids = dataclasses.replace(ids, gains=gains)
         return pooled(backend, stack, values, together(ids.shard(0)))[None]
 
     samples = home.devices.batch_spec()
-    return over_mesh.mapped(home.devices, local, (P(), samples), samples)(values, ids)
+    return over_mesh.mapped(home.devices, local, (P(), samples, samples), samples)(values, gains, ids)
 
 
-def _among_forward(home, backend, values, ids):
-    return _among(home, backend, values, ids), (jnp.zeros((0, values.shape[1]), values.dtype), values.shape[0], ids)
+def _among_forward(home, backend, values, gains, ids):
+    return _among(home, backend, values, gains, ids), (values, gains, ids)
 
 
 def _among_backward(home, backend, kept, cotangent):
-    like, rows, ids = kept
-    stack = _small(home, jax.ShapeDtypeStruct((rows, like.shape[1]), like.dtype))
+    values, gains, ids = kept
+    stack, kernel = _small(home, values), kernels.get(backend)
 
-    def local(ids, cotangent):
-        own = together(ids.shard(0))
-        made = kernels.get(backend).row_gradients(stack, own, cotangent[0, :1, :1], (cotangent[0],)).to_dense()
-        return jax.lax.psum(made, home.devices.batch_axes)
+    def local(values, gains, ids, cotangent):
+        own = together(dataclasses.replace(ids, gains=gains).shard(0))
+        made = kernel.row_gradients(stack, own, cotangent[0, :1, :1], (cotangent[0],)).to_dense()
+        products = None
+        if gains is not None:
+            ungained = dataclasses.replace(own, gains=None)
+            products = kernel.row_products(stack, values, ungained, cotangent[0].astype(jnp.float32))[None]
+        return jax.lax.psum(made, home.devices.batch_axes), products
 
     samples = home.devices.batch_spec()
-    dense = over_mesh.mapped(home.devices, local, (samples, samples), P())(ids, cotangent)
-    return dense.astype(like.dtype), None
+    run = over_mesh.mapped(home.devices, local, (P(), samples, samples, samples), (P(), samples))
+    dense, products = run(values, gains, ids, cotangent)
+    return dense.astype(values.dtype), products, None
 
 
 _among.defvjp(_among_forward, _among_backward)

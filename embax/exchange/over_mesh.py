@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from embax import kernels
 from embax.exchange import column, gather, replicated, route
-from embax.exchange.shards import Here
+from embax.exchange.shards import Here, seeded_here
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import FeaturePlan, Plan, StackPlan
@@ -189,7 +189,7 @@ def apply(
     hyper: Mapping[str, Any],
 ) -> dict[str, TableState]:
     """Returns the state after one step on the rows of ``gradients``, of the stacks that they name."""
-    devices, kernel = _devices(plan), kernels.get(backend)
+    devices = _devices(plan)
     stacks = [plan.stack(name) for name in gradients]
 
     def local(tables, gradients, hyper):
@@ -200,7 +200,7 @@ def apply(
             if stack.placement == "column":
                 new[name] = column.apply(Here(stack, devices, backend), tables[name], own, hyper[name])
             else:
-                new[name] = kernel.apply(stack.optimizer, tables[name], own, hyper[name])
+                new[name] = applied(Here(stack, devices, backend), tables[name], own, hyper[name])
         return new
 
     states = {stack.name: state_spec(stack, devices) for stack in stacks}
@@ -212,6 +212,13 @@ def apply(
 def state_spec(stack: StackPlan, devices: Devices) -> TableState:
     """Returns how rows and slots of a stack are split."""
     return TableState(table_spec(stack, devices), slot_specs(stack, devices))
+
+
+def applied(here: Here, state: TableState, own: RowGradients, hyper: Any) -> TableState:
+    """Returns this device's rows after one step on those of ``own``, by their numbers here."""
+    if here.stack.placement != "replicated":
+        hyper = seeded_here(hyper, here.devices.table_axes)
+    return kernels.get(here.backend).apply(here.stack.optimizer, state, own, hyper)
 
 
 def gradient_spec(stack: StackPlan, devices: Devices) -> RowGradients:

@@ -1,7 +1,7 @@
 """Every device has the whole table: lookups stay at home, and every device takes the same step.
 
 All ids and all gradients go to everybody, so that each adds them up in the same order: the copies stay equal, bit for
-bit. Of a small table it is the summed gradient that travels, whole.
+bit. Of a small table it is the summed gradient that travels, whole; every device gets the same sum.
 """
 
 from typing import Any

@@ -162,11 +162,6 @@ class _Way(NamedTuple):
 def _way(here: Here, ids: StackIds) -> _Way | None:
     """Returns how the rows travel; None where none does, for there is one device or no id."""
     stack, devices, backend = here
-    if devices.table_only_axes:
-        raise ValueError(
-            f'stack "{stack.name}": exchange="route" needs a batch that is split along every axis of the tables, and '
-            f'along {devices.table_only_axes} it is not; use exchange="gather", or name those axes in batch_axes too'
-        )
     room = min(ids.ids.shape[0], stack.stored_rows)
     if stack.shards == 1 or not room:
         return None

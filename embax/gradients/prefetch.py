@@ -68,8 +68,9 @@ def prefetch_table(name: str, table: Table, ids: Any) -> Prefetched:
 
 def _prefetched_home(name: str, table: Table, home: Home, ids: list) -> Prefetched:
     """Returns the distinct rows of a table on a mesh, on every device."""
-    size = table.shape[0]
-    rows = jnp.concatenate([home.stored_numbers(part).reshape(-1) for part in ids])
+    size, total = table.shape[0], home.stack.rows
+    parts = [home.stored_numbers(rows_of(part, total)).reshape(-1) for part in ids]
+    rows = jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.int32)
     rows = home.everywhere(lambda rows: distinct(rows, size), rows)
     values = home.rows_at(table.value, rows)
     return Prefetched(after(rows, values), values, size, name, home)

@@ -19,7 +19,7 @@ class FeatureEmbed(nn.Module):
     Attributes:
       features: FeatureSpecs in dicts, or a Plan (Linen turns lists in a module's attributes into tuples: with lists
         give a Plan); the tables' optimizers are those of their TableSpecs.
-      settings: as for ``embax.plan``: mesh, placement, stacks, capacity, activation_dtype, backend, exchange.
+      settings: as for ``embax.plan``: mesh, placement, stacks, capacity, activation_dtype, backend.
 
     >>> import jax, jax.numpy as jnp, embax, embax.linen
     >>> item = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",

@@ -17,7 +17,7 @@ class FeatureEmbed(nnx.Module):
       features: FeatureSpecs in any pytree, as for ``embax.plan``, or a Plan; the tables' optimizers are those of their
         TableSpecs.
       rngs: for the initial values, those of ``embax.init``.
-      settings: as for ``embax.plan``: mesh, placement, stacks, capacity, activation_dtype, backend, exchange.
+      settings: as for ``embax.plan``: mesh, placement, stacks, capacity, activation_dtype, backend.
 
     Attributes:
       plan: the ``embax.Plan``, for ``embax.preprocess``.

@@ -49,8 +49,17 @@ def _received(name: str, computations: dict[str, list[str]]) -> float:
 def _of_collective(result: str, kind: str, line: str) -> float:
     shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result)
     size = sum(SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes)
-    group = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])", line)
-    assert group, line
-    devices = len(group[1].split(",")) if group[1] else int(group[3])
+    devices = _group(line)
     share = (devices - 1) / devices
     return {"reduce-scatter": size * (devices - 1), "all-reduce": 2 * size * share}.get(kind, size * share)
+
+
+def _group(line: str) -> int:
+    """Returns how many devices take part in a collective."""
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if mesh:  # from jax 0.12 on
+        sizes = dict(re.findall(r"'(.*?)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(.*?)'", mesh[2]))
+    group = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])", line)
+    assert group, line
+    return len(group[1].split(",")) if group[1] else int(group[3])

@@ -334,7 +334,7 @@ def _check_place(plan: Plan, stack: StackPlan, table: Any) -> None:
         fits = plan.devices.inside() or table.sharding.is_equivalent_to(wanted, 2)
     if not fits:
         raise ValueError(
-            f'stack "{stack.name}": the table lies on its devices as {table.sharding.spec}, and the plan has it '  # type: ignore[attr-defined]
+            f'stack "{stack.name}": the table lies on its devices as {table.sharding}, and the plan has it '
             f"{_place(plan, stack)}; the rows of another plan's tables may stand in another order: carry them over by "
             "embax.from_arrays(plan, embax.to_arrays(other_plan, tables))"
         )

@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # `make nightly` asks for more.
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "16"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "12"))
 settings.register_profile(
     "embax",
     max_examples=EXAMPLES,
@@ -27,16 +27,20 @@ settings.load_profile("embax")
 
 # Long sweeps beside which a shorter one of the same kind stays in `make test`.
 NIGHTLY = (
-    (
-        "test_battery.py",
-        ("[reference-sgd_schedule-float16", "[reference-sgd_modified-float16", "[reference-laprop-float16"),
+    *(
+        ("test_battery.py", (f"[reference-{name}-float16", f"[reference-{name}-bfloat16"))
+        for name in (
+            "sgd_schedule",
+            "sgd_modified",
+            "adam_modified",
+            "laprop",
+            "ftrl",
+            "ftrl_multiplied",
+            "f2a",
+            "optax",
+        )
     ),
-    ("test_battery.py", ("[reference-ftrl-float16", "[reference-ftrl_multiplied-float16", "[reference-f2a-float16")),
-    (
-        "test_battery.py",
-        ("[reference-adagrad_momentum", "[reference-adam_modified-float16", "[reference-custom-float16"),
-    ),
-    ("test_battery.py", ("[reference-optax-float16", "[reference-adagrad_callable-")),
+    ("test_battery.py", ("[reference-adagrad_momentum", "[reference-adagrad_callable-", "[reference-custom-float16")),
     ("test_laws.py", ("test_same_inputs_same_bits[reference", "test_capacity_does_not_matter[reference")),
     (
         "test_mesh.py",

@@ -1,6 +1,8 @@
 """Small plans that several tests share."""
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 import embax
 
@@ -16,3 +18,8 @@ def table_spec(name="item", rows=50, dim=4, optimizer=None, combiner="sum", **se
 def feature(table, name="history", inputs=(None, 3), outputs=None, **settings):
     outputs = (inputs[0], table.embedding_dim) if outputs is None else outputs
     return embax.FeatureSpec(name=name, table_spec=table, input_shape=inputs, output_shape=outputs, **settings)
+
+
+def line_of(devices):
+    """Returns a mesh of so many devices in a row."""
+    return Mesh(np.array(jax.devices()[:devices]), ("x",))

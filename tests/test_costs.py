@@ -5,8 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import feature, table_spec
-from jax.sharding import Mesh
+from helpers import feature, line_of, table_spec
 
 import embax
 from benchmarks.wire import wire_bytes
@@ -18,7 +17,7 @@ SAMPLES, VALENCY = 64, 3
 
 
 def _line(devices, **settings):
-    return embax.Devices(Mesh(np.array(jax.devices()[:devices]), ("x",)), **settings)
+    return embax.Devices(line_of(devices), **settings)
 
 
 def _feature(rows=1000, combiner="mean", dim=16, name="a"):

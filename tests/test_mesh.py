@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import feature, table_spec
-from jax.sharding import AxisType, Mesh
+from helpers import feature, line_of, table_spec
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import embax
@@ -20,24 +20,15 @@ PLACEMENTS = ("row", "table", "column", "replicated")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 CPU devices, and there are {len(jax.devices())}")
-    yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def _mesh(shape, axis_type=AxisType.Auto):
     return jax.make_mesh(shape, ("d", "m"), axis_types=(axis_type, axis_type))
 
 
-def _line(size):
-    return Mesh(np.array(jax.devices()[:size]), ("x",))
-
-
 MESHES = {
-    "four": lambda: _line(4),
+    "four": lambda: line_of(4),
     "explicit": lambda: _mesh((4, 2), AxisType.Explicit),
     "apart": lambda: embax.Devices(_mesh((4, 2)), batch_axes="d", table_axes="m"),
     "tables_on_both": lambda: embax.Devices(_mesh((2, 4)), batch_axes="d", table_axes=("m", "d")),
@@ -199,7 +190,7 @@ def test_the_same_run_twice_gives_the_same_bits(placement):
     """Stochastic rounding included: its bits depend on step, row and device only."""
     optimizer = dataclasses.replace(OPTIMIZERS["adagrad"](), stochastic_rounding=7)
     table = table_spec("a", 101, DIM, optimizer, initializer=NORMAL, dtype="bfloat16")
-    plan = embax.plan(feature(table, inputs=(None, 4)), mesh=_line(4), placement=placement, backend="cpu")
+    plan = embax.plan(feature(table, inputs=(None, 4)), mesh=line_of(4), placement=placement, backend="cpu")
     rng, tables = np.random.default_rng(0), embax.from_arrays(plan, {"a": {"table": _start("adagrad")["a"]["table"]}})
     batch = embax.preprocess(plan, rng.integers(0, 101, (12, 4)))
     gradients = rng.normal(size=(12, DIM)).astype(jnp.bfloat16)
@@ -270,7 +261,7 @@ def test_inside_of_a_shard_map(placement, mesh):
 
 @pytest.mark.parametrize("placement", ["row", "column"])
 def test_row_gradients_inside_of_a_shard_map(placement):
-    plan = _plan("rowwise", mesh=_line(4), placement=placement)
+    plan = _plan("rowwise", mesh=line_of(4), placement=placement)
     tables, (ids, weights, gradients) = embax.from_arrays(plan, _start("rowwise")), _inputs(16)
     state, batch = jax.tree.map(lambda leaf: leaf.sharding.spec, tables), embax.preprocess(plan, ids, weights)
 
@@ -285,7 +276,7 @@ def test_row_gradients_inside_of_a_shard_map(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_batch_of_one_sample(placement):
-    plan, start = _plan(mesh=_line(4), placement=placement), _start("adagrad")
+    plan, start = _plan(mesh=line_of(4), placement=placement), _start("adagrad")
     ids, weights, gradients = _inputs(1)
     tables, activations = _step(
         plan, embax.from_arrays(plan, start), embax.preprocess(plan, ids, weights), gradients, 0
@@ -297,7 +288,7 @@ def test_a_batch_of_one_sample(placement):
 
 @pytest.mark.parametrize("placement", ["row", "table", "column", "replicated"])
 def test_a_batch_of_no_samples(placement):
-    plan, start = _plan(mesh=_line(4), placement=placement), _start("adagrad")
+    plan, start = _plan(mesh=line_of(4), placement=placement), _start("adagrad")
     ids, weights, gradients = _inputs(0)
     tables, activations = _step(
         plan, embax.from_arrays(plan, start), embax.preprocess(plan, ids, weights), gradients, 0
@@ -351,7 +342,7 @@ def test_gradients_of_weights(placement, mesh, samples):
 
 
 def test_a_dense_gradient_of_the_tables_is_refused():
-    plan = _plan(ragged=False, mesh=_line(4))
+    plan = _plan(ragged=False, mesh=line_of(4))
     tables, batch = embax.from_arrays(plan, _start("adagrad")), embax.preprocess(plan, _inputs(16, ragged=False)[0])
     with pytest.raises(NotImplementedError, match="with respect to tables on a mesh .* call embax.update"):
         jax.grad(lambda tables: embax.lookup(plan, tables, batch)[0]["padded"].sum())(tables)
@@ -395,7 +386,7 @@ def test_initial_values_are_those_of_one_device(size, monkeypatch):
 
     wanted = values()
     for placement in PLACEMENTS if size == 4 else ("row",):
-        _same(values(mesh=_line(size), placement=placement), wanted)
+        _same(values(mesh=line_of(size), placement=placement), wanted)
     if size == 2:
         devices = embax.Devices(_mesh((2, 2), AxisType.Explicit), batch_axes="d", table_axes=("m", "d"))
         _same(values(mesh=devices), wanted)
@@ -404,7 +395,7 @@ def test_initial_values_are_those_of_one_device(size, monkeypatch):
 def test_initial_values_in_blocks_of_their_true_size():
     table = table_spec("a", table_state.BLOCK_ROWS + 9, 1, initializer=NORMAL)
     wanted = embax.init(embax.plan(feature(table)), jax.random.key(0))["a"].table
-    plan = embax.plan(feature(table), mesh=_line(8))
+    plan = embax.plan(feature(table), mesh=line_of(8))
     tables = embax.init(plan, jax.random.key(0))
     assert {shard.data.shape for shard in tables["a"].table.addressable_shards} == {(8194, 1)}
     _same(embax.to_arrays(plan, tables)["a"]["table"], wanted)
@@ -426,7 +417,7 @@ def test_init_inside_jit_is_the_same(mesh):
 def test_a_donated_step_copies_no_table(placement, optimizer, backend):
     rows, shards, dim = 16_384, 4, 8
     table = table_spec("a", rows, dim, OPTIMIZERS[optimizer](), initializer=NORMAL)
-    plan = embax.plan(feature(table, inputs=(None, 4)), mesh=_line(shards), placement=placement, backend=backend)
+    plan = embax.plan(feature(table, inputs=(None, 4)), mesh=line_of(shards), placement=placement, backend=backend)
     batch = embax.preprocess(plan, np.random.default_rng(0).integers(0, rows, (64, 4)))
     tables = embax.from_arrays(plan, {"a": {"table": np.ones((rows, dim))}})
 
@@ -445,7 +436,7 @@ def test_a_donated_step_copies_no_table(placement, optimizer, backend):
 
 
 def test_check_step_sees_a_copy_on_a_mesh():
-    plan, start = _plan(mesh=_line(4)), _start("adagrad")
+    plan, start = _plan(mesh=line_of(4)), _start("adagrad")
     ids, weights, gradients = _inputs(16)
 
     def doubled(tables, batch):
@@ -476,7 +467,7 @@ def _one(inputs=(None, 3), dim=6, **settings):
     ],
 )
 def test_plans_that_are_refused(settings, text):
-    mesh = {"mesh": _line(settings["mesh"])} if "mesh" in settings else {}
+    mesh = {"mesh": line_of(settings["mesh"])} if "mesh" in settings else {}
     with pytest.raises(ValueError, match=text):
         _one(**{**settings, **mesh})
 
@@ -496,7 +487,7 @@ def test_axes_that_are_refused(axes):
 )
 def test_wires_that_are_refused(settings, text):
     with pytest.raises(ValueError, match=text):
-        embax.Devices(_line(2), **settings)
+        embax.Devices(line_of(2), **settings)
 
 
 def test_a_mesh_that_is_none():
@@ -509,14 +500,14 @@ def test_a_stack_of_two_placements():
     with pytest.raises(ValueError, match='stack "all" cannot hold tables "a" and "b": they differ in .* or placement'):
         embax.plan(
             [feature(table, table.name) for table in tables],
-            mesh=_line(4),
+            mesh=line_of(4),
             placement={"a": "table"},
             stacks={"all": ["a", "b"]},
         )
 
 
 def test_batches_and_tables_of_another_plan():
-    alone, meshed = _one(), _one(mesh=_line(4))
+    alone, meshed = _one(), _one(mesh=line_of(4))
     tables = embax.from_arrays(meshed, {"item": {"table": np.ones((50, 6), np.float32)}})
     with pytest.raises(ValueError, match='stack "item": the batch has 1 shards, and the plan 4; preprocess the ids'):
         embax.lookup(meshed, tables, embax.preprocess(alone, [[1, 2, 3]]))
@@ -528,7 +519,7 @@ def test_batches_and_tables_of_another_plan():
 
 
 def test_ragged_ids_inside_of_jit_are_refused():
-    plan = _one(inputs=(None,), mesh=_line(4))
+    plan = _one(inputs=(None,), mesh=line_of(4))
     with pytest.raises(ValueError, match='stack "item": ragged ids cannot be cut into 4 shards inside of jit'):
         jax.jit(lambda values, splits: embax.preprocess_traced(plan, embax.RaggedIds(values, splits)))(
             jnp.arange(4), jnp.array([0, 1, 4])
@@ -536,7 +527,7 @@ def test_ragged_ids_inside_of_jit_are_refused():
 
 
 def test_more_ids_on_one_device_than_declared():
-    plan = _one(inputs=(None,), mesh=_line(4), capacity={"history": 8})
+    plan = _one(inputs=(None,), mesh=line_of(4), capacity={"history": 8})
     assert embax.preprocess(plan, [[1, 2], [3], [], [4, 5]]).stacks["item"].ids.shape == (4, 2)
     with pytest.raises(ValueError, match=r'"history": 3 ids on one device, and .* declares 8 for 4 devices, 2 each'):
         embax.preprocess(plan, [[1, 2, 3], [3], [], [4]])

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import feature, table_spec
+from helpers import feature, line_of, table_spec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
 import embax
 from embax import kernels
@@ -28,16 +28,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 CPU devices, and there are {len(jax.devices())}")
-    yield
-    jax.clear_caches()
-
-
-def _line(size):
-    return Mesh(np.array(jax.devices()[:size]), ("x",))
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def _grid(batch_axes, table_axes, axis_type=AxisType.Auto):
@@ -45,8 +36,8 @@ def _grid(batch_axes, table_axes, axis_type=AxisType.Auto):
 
 
 MESHES = {
-    "one": lambda: _line(1),
-    "three": lambda: _line(3),
+    "one": lambda: line_of(1),
+    "three": lambda: line_of(3),
     "apart": lambda: _grid("d", "m"),
     "both": lambda: _grid("d", ("m", "d"), AxisType.Explicit),
     "copies": lambda: _grid(("m", "d"), "m"),

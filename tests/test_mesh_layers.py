@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import feature, table_spec
-from jax.sharding import AxisType, Mesh
+from helpers import feature, line_of, table_spec
+from jax.sharding import AxisType
 
 import embax
 import embax.linen
@@ -19,16 +19,11 @@ SAMPLES, DIM, STEPS = 13, 8, 2
 NORMAL = jax.nn.initializers.normal(1.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 CPU devices, and there are {len(jax.devices())}")
-    yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def _line():
-    return Mesh(np.array(jax.devices()[:4]), ("x",))
+    return line_of(4)
 
 
 def _square():
@@ -67,9 +62,9 @@ def _loss(activations):
 def _nnx(door, **settings):
     layer = embax.nnx.FeatureEmbed(_features(), rngs=nnx.Rngs(0), **settings)
     optimizer = embax.nnx.Optimizer(layer, optax.sgd(0.1), max_norm=1.0)
-    losses = []
-    for ids in _batches():
-        batch = embax.preprocess(layer.plan, ids)
+
+    @nnx.jit
+    def step(layer, optimizer, batch):
         if door == "value_and_grad":
             loss, gradients = embax.nnx.value_and_grad(lambda layer, batch: _loss(layer(batch)))(layer, batch)
         else:
@@ -77,7 +72,9 @@ def _nnx(door, **settings):
             loss, gradients = nnx.value_and_grad(lambda layer, batch: _loss(layer(batch)))(small, batch)
             gradients = embax.nnx.row_gradients(small, gradients)
         optimizer.update(layer, gradients)
-        losses.append(float(loss))
+        return loss
+
+    losses = [float(step(layer, optimizer, embax.preprocess(layer.plan, ids))) for ids in _batches()]
     slots = {name.removeprefix("tables/"): slots.get_value() for name, slots in optimizer.slots.items()}
     states = {name: embax.TableState(table.get_value(), slots[name]) for name, table in layer.tables.items()}
     return losses, embax.to_arrays(layer.plan, states)
@@ -88,14 +85,16 @@ def _linen(**settings):
     batches = [embax.preprocess(layer.plan, ids) for ids in _batches()]
     params = layer.init(jax.random.key(0), batches[0])["params"]
     state = embax.linen.TrainState.create(apply_fn=layer.apply, params=params, tx=optax.sgd(0.1), max_norm=1.0)
+
+    @jax.jit
+    def step(state, batch):
+        loss_fn = embax.linen.value_and_grad(lambda params: _loss(layer.apply({"params": params}, batch)))
+        loss, gradients = loss_fn(state.params)
+        return state.apply_gradients(grads=gradients), loss
+
     losses = []
     for batch in batches:
-
-        def loss_fn(params, batch=batch):
-            return _loss(layer.apply({"params": params}, batch))
-
-        loss, gradients = embax.linen.value_and_grad(loss_fn)(state.params)
-        state = state.apply_gradients(grads=gradients)
+        state, loss = step(state, batch)
         losses.append(float(loss))
     states = {
         name: embax.TableState(state.params[name].value, slots)
@@ -152,7 +151,7 @@ def test_weights_that_are_learned(placement):
             return _loss(layer.apply({"params": variables["params"]}, {"x": ids}, weights))
 
         variables = {"params": params, "logits": jnp.linspace(-1, 1, 32).reshape(8, 4)}
-        loss, found = embax.linen.value_and_grad(loss_fn)(variables)
+        loss, found = jax.jit(embax.linen.value_and_grad(loss_fn))(variables)
         values = found["params"]["a"].values
         return loss, found["logits"], jnp.sort(jnp.abs(values).sum(axis=1))[-32:]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import feature, table_spec
+from helpers import feature, line_of, table_spec
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 import embax
@@ -14,10 +14,11 @@ import embax.nnx
 ROWS, DIM = 16, 8  # a multiple of the devices: shapes agree whatever the plan
 
 
-def _line(devices=4):
-    if len(jax.devices()) < devices:
-        pytest.skip(f"needs {devices} CPU devices, and there are {len(jax.devices())}")
-    return Mesh(np.array(jax.devices()[:devices]), ("x",))
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
+
+def _line():
+    return line_of(4)
 
 
 def _feature(name="item", rows=ROWS, optimizer=None, **settings):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import feature, table_spec
+from helpers import feature, line_of, table_spec
 from jax.sharding import Mesh
 
 import embax
@@ -20,16 +20,11 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 NORMAL = jax.nn.initializers.normal(1.0)  # one object, so that its program is compiled once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eight_devices():
-    if len(jax.devices()) < 8:
-        pytest.skip(f"needs 8 CPU devices, and there are {len(jax.devices())}")
-    yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("eight_devices")
 
 
 def _line(size, **settings):
-    return embax.Devices(Mesh(np.array(jax.devices()[:size]), ("x",)), exchange="route", **settings)
+    return embax.Devices(line_of(size), exchange="route", **settings)
 
 
 def _square(batch_axes, table_axes):

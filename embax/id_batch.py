@@ -63,6 +63,10 @@ class StackIds:
         """Returns one shard's ids, without the leading dimension."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
+    def all_samples(self, shards: int) -> tuple[int, ...]:
+        """Returns the samples of each feature over so many shards, without those that only fill up."""
+        return self.totals or tuple(shards * samples for samples in self.samples)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

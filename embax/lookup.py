@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange import over_mesh
-from embax.id_batch import IdBatch, StackIds
+from embax.id_batch import IdBatch
 from embax.kernels import differentiable
 from embax.planning import FeaturePlan, Plan, StackPlan
 from embax.table_state import TableState, check_tables
@@ -82,9 +82,9 @@ def by_feature(plan: Plan, pooled: Mapping[str, Sequence[jax.Array]]) -> Any:
     activations: list[Any] = [None] * len(plan.features)
     for stack in plan.stacks:
         for index, part in zip(stack.features, pooled[stack.name], strict=True):
-            shaped = part.ndim != 2 or plan.devices is not None  # a mesh gives them in shape
-            shape = part.shape if shaped else activation_shape(stack, plan.features[index], part.shape[0])
-            activations[index] = part.reshape(shape)
+            if plan.devices is None:  # a mesh gives them in shape
+                part = part.reshape(activation_shape(stack, plan.features[index], part.shape[0]))
+            activations[index] = part
     return jax.tree.unflatten(plan.structure, activations)
 
 
@@ -113,18 +113,8 @@ def check_batch(plan: Plan, batch: IdBatch) -> None:
                 f'stack "{stack.name}": the batch was made for tables at other rows of their stack (another '
                 "placement or mesh); preprocess the ids with this plan"
             )
-        if jnp.shape(ids.ids)[0] != shards_of(plan):
+        if jnp.shape(ids.ids)[0] != plan.batch_shards():
             raise ValueError(
                 f'stack "{stack.name}": the batch has {jnp.shape(ids.ids)[0]} shards, and the plan '
-                f"{shards_of(plan)}; preprocess the ids with this plan"
+                f"{plan.batch_shards()}; preprocess the ids with this plan"
             )
-
-
-def shards_of(plan: Plan) -> int:
-    """Returns how many shards a batch has where the caller stands: one inside of a shard_map."""
-    return 1 if plan.devices is None or plan.devices.inside() else plan.devices.batch_shards
-
-
-def samples_of(plan: Plan, ids: StackIds) -> tuple[int, ...]:
-    """Returns the samples of each feature of a stack, over all shards, without those that only fill up."""
-    return ids.totals or tuple(shards_of(plan) * samples for samples in ids.samples)

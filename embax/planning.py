@@ -123,6 +123,10 @@ class Plan:
         # What is kept beside the fields (a hash, which differs between processes) must not travel with the plan.
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
+    def batch_shards(self) -> int:
+        """Returns how many shards a batch has where the caller stands: one inside of a shard_map."""
+        return 1 if self.devices is None or self.devices.inside() else self.devices.batch_shards
+
     def stack(self, name: str) -> StackPlan:
         """Returns the stack of that name; KeyError lists the names there are."""
         for stack in self.stacks:

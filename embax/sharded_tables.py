@@ -39,6 +39,17 @@ def slot_specs(stack: StackPlan, devices: Devices) -> Any:
     return map_slots(lambda slot: row_wise if slot.row_wise else rows, stack.optimizer.slots())
 
 
+def initial_rows(initializer: Any, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """Returns what ``initializer`` makes; ValueError unless it is of that shape and dtype."""
+    made = initializer(key, shape, dtype)
+    if made.shape != shape or made.dtype != dtype:
+        raise ValueError(
+            f"initializer {initializer!r} gave {made.dtype}{made.shape} for {dtype}{shape}; it must return an array of "
+            "the shape and dtype it is called with"
+        )
+    return made
+
+
 def empty_rows(stack: StackPlan, devices: Devices) -> jax.Array:
     """Returns rows of zeros, each device's made there."""
     return _full((stack.stored_rows, stack.embedding_dim), stack.dtype, 0, devices.sharding(table_spec(stack, devices)))
@@ -123,13 +134,7 @@ class _Maker:
 
     def block(self, key: jax.Array, number: Any) -> jax.Array:
         shape, dtype = (self.rows, self.stack.embedding_dim), jnp.dtype(self.stack.dtype)
-        made = self.initializer(jax.random.fold_in(key, number), shape, dtype)
-        if made.shape != shape or made.dtype != dtype:
-            raise ValueError(
-                f"initializer {self.initializer!r} gave {made.dtype}{made.shape} for {dtype}{shape}; it must return an "
-                "array of the shape and dtype it is called with"
-            )
-        return made
+        return initial_rows(self.initializer, jax.random.fold_in(key, number), shape, dtype)
 
     def dealt(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes as many blocks at a time as there are devices, one on each, and deals their rows out."""

@@ -25,6 +25,7 @@ from embax.sharded_tables import (
     fill_table,
     fresh_slots,
     in_order,
+    initial_rows,
     part_specs,
     placed,
     stored,
@@ -123,8 +124,11 @@ def _filled(values: jax.Array, key: jax.Array, table: TablePlan, exact_tail: boo
     """
     whole, tail = divmod(table.vocabulary_size, BLOCK_ROWS)
 
+    def block_of(index, rows):
+        return initial_rows(table.initializer, jax.random.fold_in(key, index), (rows, values.shape[1]), values.dtype)
+
     def write(index, values):
-        block = _made(table.initializer, jax.random.fold_in(key, index), BLOCK_ROWS, values)
+        block = block_of(index, BLOCK_ROWS)
         return written(values, block, table.row_offset + index * BLOCK_ROWS, BLOCK_ROWS)
 
     if whole and isinstance(key, Tracer):
@@ -134,7 +138,7 @@ def _filled(values: jax.Array, key: jax.Array, table: TablePlan, exact_tail: boo
             # Waiting keeps the blocks that are under way from piling up.
             values = jax.block_until_ready(write(index, values))
     if tail:
-        block = _made(table.initializer, jax.random.fold_in(key, whole), _tail_rows(tail, exact_tail), values)
+        block = block_of(whole, _tail_rows(tail, exact_tail))
         values = written(values, block, table.row_offset + whole * BLOCK_ROWS, tail)
     return values
 
@@ -145,18 +149,6 @@ def _tail_rows(tail: int, exact_tail: bool) -> int:
     Sizes are rounded up to a power of two, so that tables of all sizes share a few programs.
     """
     return max(SMALLEST_BLOCK, 1 << (tail - 1).bit_length()) if exact_tail else BLOCK_ROWS
-
-
-def _made(initializer: Any, key: jax.Array, rows: int, values: jax.Array) -> jax.Array:
-    shape = (rows, values.shape[1])
-    made = initializer(key, shape, values.dtype)
-    if made.shape != shape or made.dtype != values.dtype:
-        raise ValueError(
-            f"initializer {initializer!r} gave {made.dtype}{made.shape} for {values.dtype}{shape}; it must return "
-            "an array "
-            "of the shape and dtype it is called with"
-        )
-    return made
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ from embax import kernels
 from embax.exchange import over_mesh
 from embax.exchange.one_stack import Home
 from embax.id_batch import StackIds
-from embax.lookup import Residuals, activation_shape, samples_of
+from embax.lookup import Residuals, activation_shape
 from embax.optimizers.base import Optimizer
 from embax.planning import Plan, StackPlan
 from embax.row_gradients import RowGradients, check_rows
@@ -189,7 +189,8 @@ def _check(plan: Plan, tables: Mapping[str, TableState], residuals: Residuals) -
 def _checked_gradients(plan: Plan, residuals: Residuals, gradients: Any) -> list[jax.Array]:
     leaves = plan.flatten(gradients, "activation gradients")
     for stack in plan.stacks:
-        for index, samples in zip(stack.features, samples_of(plan, residuals.batch.stacks[stack.name]), strict=True):
+        counts = residuals.batch.stacks[stack.name].all_samples(plan.batch_shards())
+        for index, samples in zip(stack.features, counts, strict=True):
             _check_shape(stack, plan.features[index], samples, leaves[index])
     return leaves
 

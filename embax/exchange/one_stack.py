@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from embax import kernels, sharded_tables
-from embax.exchange import column, over_mesh
+from embax.exchange import over_mesh
 from embax.exchange.shards import Here, local_stack, owners, pooled, together
 from embax.id_batch import StackIds
 from embax.placement import Devices
@@ -68,16 +68,12 @@ class Home:
         """Returns each feature's part of ``lookup``, without samples that only fill up."""
 
         def local(whole):
-            parts, first = [], 0
-            for feature, count in zip(features, ids.samples, strict=True):
-                parts.append(over_mesh.shaped(whole[0, first : first + count], feature))
-                first += count
-            return parts
+            return over_mesh.by_feature(features, whole[0], ids.samples)
 
         spec = self.devices.batch_spec()
         parts = over_mesh.mapped(self.devices, local, (spec,), spec)(activations)
         if ids.totals is None:
-            return parts
+            return list(parts)
         counts = [n // feature.samples_per_row for n, feature in zip(ids.totals, features, strict=True)]
         return [over_mesh.cut(self.devices, part, count) for part, count in zip(parts, counts, strict=True)]
 
@@ -116,12 +112,10 @@ class Home:
 
         def local(state, rows, values, hyper):
             if stack.placement == "column":
-                width = stack.local_dim
-                first = jax.lax.axis_index(devices.table_axes) * width
-                values = jax.lax.dynamic_slice_in_dim(values, first, width, 1)
-                return column.apply(Here(stack, devices, backend), state, RowGradients(rows, values, stack.rows), hyper)
-            own = RowGradients(over_mesh.rows_here(stack, devices, rows), values, stack.local_rows)
-            return over_mesh.applied(Here(stack, devices, backend), state, own, hyper)
+                first = jax.lax.axis_index(devices.table_axes) * stack.local_dim
+                values = jax.lax.dynamic_slice_in_dim(values, first, stack.local_dim, 1)
+            gradient = RowGradients(rows, values, stack.stored_rows)
+            return over_mesh.applied(Here(stack, devices, backend), state, gradient, hyper)
 
         spec = over_mesh.state_spec(stack, devices)
         run = over_mesh.mapped(devices, local, (spec, P(), P(), P()), spec)

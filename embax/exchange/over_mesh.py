@@ -7,7 +7,7 @@ them.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def _lookup(plan: Plan, backend: str, rows: dict, gains: dict, batch: dict) -> t
             ids = batch[stack.name].shard(0)
             whole = looked_up(stack, devices, backend, rows[stack.name], ids)
             tokens[stack.name] = whole[:1, :1]
-            activations[stack.name] = _by_feature(plan, stack, whole, ids.samples)
+            activations[stack.name] = by_feature([plan.features[i] for i in stack.features], whole, ids.samples)
         return activations, tokens
 
     tables = {stack.name: table_spec(stack, devices) for stack in plan.stacks}
@@ -133,13 +133,10 @@ def update(
 
     def local(tables, batch, tokens, gradients, hyper):
         new = {}
-        for stack in plan.stacks:
-            name, exchange = stack.name, exchange_of(stack)
-            args = batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
-            if not sum(args[0].samples):
-                new[name] = tables[name]
-                continue
-            new[name] = exchange.update(Here(stack, devices, backend), tables[name], *args, hyper[name])
+        for here, ids, *args in _brought(plan, backend, batch, tokens, gradients):
+            name = here.stack.name
+            state, own = tables[name], hyper[name]
+            new[name] = exchange_of(here.stack).update(here, state, ids, *args, own) if sum(ids.samples) else state
         return new
 
     states, samples = {stack.name: state_spec(stack, devices) for stack in plan.stacks}, devices.batch_spec()
@@ -164,21 +161,26 @@ def row_gradients(
 
     def local(batch, tokens, gradients):
         made = {}
-        for stack in plan.stacks:
-            name, exchange = stack.name, exchange_of(stack)
-            args = batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
-            if not sum(args[0].samples):
-                nothing = jnp.zeros((0, stack.local_dim), jnp.float32)
-                made[name] = RowGradients(jnp.zeros(0, jnp.int32), nothing, stack.stored_rows)
-                continue
-            own = exchange.row_gradients(Here(stack, devices, backend), *args)
-            made[name] = RowGradients(_stored_rows(stack, devices, own.rows), own.values, stack.stored_rows)
+        for here, ids, *args in _brought(plan, backend, batch, tokens, gradients):
+            stack = here.stack
+            nothing = RowGradients(jnp.zeros(0, jnp.int32), jnp.zeros((0, stack.local_dim), jnp.float32), 0)
+            own = exchange_of(stack).row_gradients(here, ids, *args) if sum(ids.samples) else nothing
+            made[stack.name] = RowGradients(_stored_rows(stack, devices, own.rows), own.values, stack.stored_rows)
         return made
 
     samples = devices.batch_spec()
     filled = {stack.name: _filled(plan, stack, gradients[stack.name], batch) for stack in plan.stacks}
     specs = {stack.name: gradient_spec(stack, devices) for stack in plan.stacks}
     return mapped(devices, local, (samples, samples, samples), specs)(dict(batch), dict(tokens), filled)
+
+
+def _brought(
+    plan: Plan, backend: str, batch: Mapping[str, StackIds], tokens: Mapping, gradients: Mapping
+) -> Iterator[tuple[Here, StackIds, jax.Array, jax.Array]]:
+    """Yields of each stack where it is, and this device's ids, token and gradients of all its samples."""
+    for stack in plan.stacks:
+        name, here = stack.name, Here(stack, _devices(plan), backend)
+        yield here, batch[name].shard(0), tokens[name], _joined(stack, gradients[name])
 
 
 def apply(
@@ -195,12 +197,8 @@ def apply(
     def local(tables, gradients, hyper):
         new = {}
         for stack in stacks:
-            name, gradient = stack.name, gradients[stack.name]
-            own = RowGradients(rows_here(stack, devices, gradient.rows), gradient.values, stack.local_rows)
-            if stack.placement == "column":
-                new[name] = column.apply(Here(stack, devices, backend), tables[name], own, hyper[name])
-            else:
-                new[name] = applied(Here(stack, devices, backend), tables[name], own, hyper[name])
+            name, here = stack.name, Here(stack, devices, backend)
+            new[name] = applied(here, tables[name], gradients[name], hyper[name])
         return new
 
     states = {stack.name: state_spec(stack, devices) for stack in stacks}
@@ -214,11 +212,15 @@ def state_spec(stack: StackPlan, devices: Devices) -> TableState:
     return TableState(table_spec(stack, devices), slot_specs(stack, devices))
 
 
-def applied(here: Here, state: TableState, own: RowGradients, hyper: Any) -> TableState:
-    """Returns this device's rows after one step on those of ``own``, by their numbers here."""
-    if here.stack.placement != "replicated":
-        hyper = seeded_here(hyper, here.devices.table_axes)
-    return kernels.get(here.backend).apply(here.stack.optimizer, state, own, hyper)
+def applied(here: Here, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
+    """Returns this device's rows after one step on those of ``gradient``, by their stored numbers."""
+    stack, devices, backend = here
+    own = RowGradients(rows_here(stack, devices, gradient.rows), gradient.values, stack.local_rows)
+    if stack.placement == "column":
+        return column.apply(here, state, own, hyper)
+    if stack.placement != "replicated":
+        hyper = seeded_here(hyper, devices.table_axes)
+    return kernels.get(backend).apply(stack.optimizer, state, own, hyper)
 
 
 def gradient_spec(stack: StackPlan, devices: Devices) -> RowGradients:
@@ -263,16 +265,14 @@ def rows_here(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
     return jnp.where((own >= 0) & (own < stack.local_rows), own, stack.local_rows).astype(jnp.int32)
 
 
-def _by_feature(plan: Plan, stack: StackPlan, whole: jax.Array, samples: tuple[int, ...]) -> tuple[jax.Array, ...]:
+def by_feature(features: Sequence[FeaturePlan], whole: jax.Array, samples: Sequence[int]) -> tuple[jax.Array, ...]:
+    """Returns each feature's part of the activations of all, one a sample, in the feature's shape."""
     ends = itertools.accumulate(samples)
     parts = [whole[end - count : end] for end, count in zip(ends, samples, strict=True)]
-    features = [plan.features[i] for i in stack.features]
-    return tuple(shaped(part, feature) for part, feature in zip(parts, features, strict=True))
-
-
-def shaped(part: jax.Array, feature: FeaturePlan) -> jax.Array:
-    """Returns a feature's activations, one a sample, in the feature's shape."""
-    return part.reshape(part.shape[0] // feature.samples_per_row, *feature.positions, part.shape[-1])
+    return tuple(
+        part.reshape(count // feature.samples_per_row, *feature.positions, whole.shape[-1])
+        for part, count, feature in zip(parts, samples, features, strict=True)
+    )
 
 
 def _joined(stack: StackPlan, gradients: tuple) -> jax.Array:
@@ -285,7 +285,9 @@ def _joined(stack: StackPlan, gradients: tuple) -> jax.Array:
 
 def _cut(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
     """Returns the activations without the samples that only fill the last devices up."""
-    counts = _batch_sizes(plan, stack, batch)
+    totals = batch[stack.name].all_samples(plan.batch_shards())
+    widths = [plan.features[i].samples_per_row for i in stack.features]
+    counts = [total // width for total, width in zip(totals, widths, strict=True)]
     return tuple(cut(_devices(plan), part, count) for part, count in zip(parts, counts, strict=True))
 
 
@@ -296,20 +298,11 @@ def cut(devices: Devices, part: jax.Array, count: int) -> jax.Array:
 
 def _filled(plan: Plan, stack: StackPlan, parts: tuple, batch: Mapping[str, StackIds]) -> tuple[jax.Array, ...]:
     """Returns gradients of the samples that only fill up, too: zeros."""
-    ids, devices = batch[stack.name], _devices(plan)
-    shards = 1 if devices.inside() else devices.batch_shards
-    filled = []
-    for part, index, samples in zip(parts, stack.features, ids.samples, strict=True):
+    shards, filled = plan.batch_shards(), []
+    for part, index, samples in zip(parts, stack.features, batch[stack.name].samples, strict=True):
         rows = shards * samples // plan.features[index].samples_per_row
         missing = rows - part.shape[0]
         if missing:
-            part = jnp.pad(devices.whole(part), [(0, missing)] + [(0, 0)] * (part.ndim - 1))
+            part = jnp.pad(_devices(plan).whole(part), [(0, missing)] + [(0, 0)] * (part.ndim - 1))
         filled.append(part)
     return tuple(filled)
-
-
-def _batch_sizes(plan: Plan, stack: StackPlan, batch: Mapping[str, StackIds]) -> list[int]:
-    devices, ids = _devices(plan), batch[stack.name]
-    shards = 1 if devices.inside() else devices.batch_shards
-    totals = ids.totals or tuple(shards * samples for samples in ids.samples)
-    return [total // plan.features[i].samples_per_row for total, i in zip(totals, stack.features, strict=True)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from embax.block_bits import in_pieces
 from embax.optimizers.base import map_slots, slot_names
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -134,7 +135,11 @@ class _Maker:
 
     def block(self, key: jax.Array, number: Any) -> jax.Array:
         shape, dtype = (self.rows, self.stack.embedding_dim), jnp.dtype(self.stack.dtype)
-        return initial_rows(self.initializer, jax.random.fold_in(key, number), shape, dtype)
+        key = jax.random.fold_in(key, number)
+        try:
+            return initial_rows(self.initializer, in_pieces(key), shape, dtype)
+        except (NotImplementedError, TypeError):  # jax.random.poisson, for one, takes no key but threefry's own
+            return initial_rows(self.initializer, key, shape, dtype)
 
     def dealt(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes as many blocks at a time as there are devices, one on each, and deals their rows out."""

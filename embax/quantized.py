@@ -8,6 +8,9 @@ spans more than float32 can hold, becomes a row of NaN: it shows up where it is 
 Codes, scale and bias of a row lie together, so that a lookup waits for one place of memory (csrc/quantized.h says how,
 and holds the native lookup). The formula is the row-wise uniform one of Guan et al., "Post-training 4-bit quantization
 on embedding tables", https://arxiv.org/abs/1911.02079, without a search for the range.
+
+On a mesh each device encodes the rows that it has, and nobody gathers a table. Columns that are split over devices
+stand behind a header on each of them, which is that of the whole row: the numbers are those of one device.
 """
 
 import dataclasses
@@ -21,11 +24,14 @@ import numpy as np
 from jax.core import Tracer
 
 from embax import kernels
+from embax.exchange import over_mesh
 from embax.id_batch import StackIds
 from embax.kernels import calls
 from embax.kernels.reference import present_rows, quantize, sample_of_ids
+from embax.placement import Devices
 from embax.planning import Plan, StackPlan
-from embax.sorted_rows import chunk_of, padded, varying_with
+from embax.sharded_tables import table_spec
+from embax.sorted_rows import chunk_of, padded, varying_axes, varying_with
 from embax.specs import TABLE_DTYPES, QuantizationConfig
 from embax.table_state import TableState, check_tables
 from embax.take import rows_of
@@ -44,8 +50,9 @@ class QuantizedRows:
     Attributes:
       data: uint8 ``[V, 8 + embedding_dim]``, or ``[V, 8 + ceil(embedding_dim / 2)]`` for 4 bits: of each row the scale
         and the bias (float32), then the codes. Byte i of 4-bit codes holds column i in its lower half and column
-        ``ceil(embedding_dim / 2) + i`` in its upper one. Leading axes are tables.
-      embedding_dim: numbers in a row (static).
+        ``ceil(embedding_dim / 2) + i`` in its upper one. Leading axes are tables. Where columns are split over devices
+        such a part for each device, one beside the other, all with the scale and the bias of the whole row.
+      embedding_dim: numbers in a row, or in each part of one (static).
       bits: 8 or 4 (static).
 
     >>> import jax.numpy as jnp, embax
@@ -60,8 +67,8 @@ class QuantizedRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(V, embedding_dim)``: the shape of the table that these rows stand for."""
-        return (*self.data.shape[:-1], self.embedding_dim)
+        """``(V, embedding_dim)``, all parts of a row together: the shape of the table that these rows stand for."""
+        return (*self.data.shape[:-1], self._parts() * self.embedding_dim)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +76,7 @@ class QuantizedRows:
         return self.data.size
 
     def dequantize(self) -> jax.Array:
-        """Returns the whole table, float32 ``[V, embedding_dim]``."""
+        """Returns the whole table, float32 ``[V, embedding_dim]``; on a mesh rows stand, and are split, as before."""
         return _decoded(self.data, self.embedding_dim, self.bits)
 
     def lookup_rows(self, ids: Any, sentinel: Any = None) -> jax.Array:
@@ -78,12 +85,28 @@ class QuantizedRows:
         Outside of ``[-V, V)`` they are NaN. There is no derivative, so the sentinel is not needed.
         """
         del sentinel
-        return _taken(kernels.choose().name, self, rows_of(ids, self.shape[0]))
+        backend = "reference" if self._parts() > 1 else kernels.choose().name
+        return _taken(backend, self, rows_of(ids, self.shape[0]))
 
     def lookup_pooled(self, stack: StackPlan, backend: str, ids: StackIds, sentinel: Any = None) -> tuple:
         """Returns the activations of each feature of a stack; differentiable with respect to the gains alone."""
         del sentinel
+        if self.embedding_dim != stack.embedding_dim:
+            raise ValueError(
+                f'stack "{stack.name}": the rows were quantized in parts of {self.embedding_dim} columns, and a device '
+                f"of the plan has {stack.embedding_dim}; quantize the tables of this plan (embax.quantize_tables)"
+            )
         return _pool(stack, backend, (ids.samples, ids.valencies), self, ids.gains, ids.ids, ids.offsets)
+
+    def row_products(self, stack: StackPlan, ids: StackIds, gradients: jax.Array) -> jax.Array:
+        """Returns each id's row times its sample's gradient, float32 ``[capacity]``: the derivative of its gain."""
+        if not ids.ids.shape[0] or not gradients.shape[0]:
+            return jnp.zeros(ids.ids.shape, jnp.float32)
+        values = _present(stack, self, present_rows(stack, ids))
+        return (values * gradients[sample_of_ids(ids)]).sum(-1)
+
+    def _parts(self) -> int:
+        return self.data.shape[-1] // _width(self.embedding_dim, self.bits)
 
 
 def quantize_rows(table: Any, bits: int = 8) -> QuantizedRows:
@@ -106,13 +129,15 @@ def quantize_rows(table: Any, bits: int = 8) -> QuantizedRows:
     >>> rows.nbytes, rows.dequantize().round(2).tolist()
     (20, [[-1.0, -0.5, 0.0, 0.5], [0.0, 1.0, 2.0, 15.0]])
     """
-    return _quantized(table, bits, None, "quantize_rows")
+    _check(table, bits, "quantize_rows")
+    return _quantized(table, bits, None)
 
 
 def quantize_tables(plan: Plan, tables: Mapping[str, TableState], bits: int = 8) -> dict[str, TableState]:
     """Returns the tables of ``plan`` in codes of 8 or 4 bits, without slots, for ``lookup`` alone.
 
-    The rows of a stack with a QuantizationConfig are rounded to its levels first, as its lookups round them.
+    The rows of a stack with a QuantizationConfig are rounded to its levels first, as its lookups round them. On a mesh
+    each device encodes its own rows, which stay where they are; numbers are those of one device.
 
     Args:
       plan: what ``embax.plan`` gave.
@@ -122,7 +147,6 @@ def quantize_tables(plan: Plan, tables: Mapping[str, TableState], bits: int = 8)
     Raises:
       ValueError: other bits, or tables of another plan.
       TypeError: tables that are quantized already.
-      NotImplementedError: tables on a mesh.
 
     >>> import jax, embax
     >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="mean",
@@ -133,28 +157,40 @@ def quantize_tables(plan: Plan, tables: Mapping[str, TableState], bits: int = 8)
     [[1.0, 1.0], [0.0, 0.0]]
     """
     check_tables(plan, tables)
-    if plan.devices is not None:
-        raise NotImplementedError(
-            "quantize_tables: the plan is of a mesh, and quantized rows lie on one device today; make tables of a plan "
-            "without a mesh (embax.from_arrays(plan, embax.to_arrays(mesh_plan, tables))) and quantize those"
-        )
-    return {
-        stack.name: TableState(
-            _quantized(tables[stack.name].table, bits, stack.quantization, f'quantize_tables: stack "{stack.name}"'), ()
-        )
-        for stack in plan.stacks
-    }
+    served = {}
+    for stack in plan.stacks:
+        table = tables[stack.name].table
+        _check(table, bits, f'quantize_tables: stack "{stack.name}"')
+        if plan.devices is None:
+            rows = _quantized(table, bits, stack.quantization)
+        else:
+            rows = _quantized_where_held(stack, plan.devices, bits, table)
+        served[stack.name] = TableState(rows, ())
+    return served
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _quantized_where_held(stack: StackPlan, devices: Devices, bits: int, table: Any) -> QuantizedRows:
+    """Returns the rows of a table on a mesh, each device's made there."""
+    axes, spec = devices.table_axes if stack.placement == "column" else (), table_spec(stack, devices)
+
+    def local(table):
+        return _quantized(table, bits, stack.quantization, axes)
+
+    return over_mesh.mapped(devices, local, (spec,), spec)(table)
 
 
 # ---- codes ---------------------------------------------------------------------------------------------------------
 
 
-def _quantized(table: Any, bits: int, levels: QuantizationConfig | None, what: str) -> QuantizedRows:
-    _check(table, bits, what)
+def _quantized(
+    table: Any, bits: int, levels: QuantizationConfig | None, column_axes: tuple[str, ...] = ()
+) -> QuantizedRows:
+    """Returns the rows of ``table``; inside of a shard_map other columns of them may lie along ``column_axes``."""
     rows, dim = table.shape
     block = min(rows, max(1, BLOCK_NUMBERS // dim))
     data = jnp.zeros((rows, _width(dim, bits)), jnp.uint8)
-    form = (block, bits, levels)
+    form = (block, bits, levels, column_axes)
     if isinstance(data, Tracer) and block:
         table = jnp.asarray(table)
 
@@ -176,16 +212,16 @@ def _quantized(table: Any, bits: int, levels: QuantizationConfig | None, what: s
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _encoded_into(form: tuple, data: jax.Array, source: jax.Array, first: Any, at: Any) -> jax.Array:
     """Returns ``data`` with its rows from ``first`` on made of those of ``source`` from ``at`` on."""
-    block, bits, levels = form
+    block, bits, levels, column_axes = form
     rows = jax.lax.dynamic_slice_in_dim(source, at, block).astype(jnp.float32)
     if levels is not None:
         rows = quantize(rows, levels)
-    return jax.lax.dynamic_update_slice_in_dim(data, _encoded(rows, bits), first, 0)
+    return jax.lax.dynamic_update_slice_in_dim(data, _encoded(rows, bits, column_axes), first, 0)
 
 
-def _encoded(rows: jax.Array, bits: int) -> jax.Array:
+def _encoded(rows: jax.Array, bits: int, column_axes: tuple[str, ...] = ()) -> jax.Array:
     """Returns float32 rows ``[n, dim]`` as uint8 ``[n, width]``."""
-    low, high, largest = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True), 2**bits - 1
+    (low, high), largest = _extremes(rows, column_axes), 2**bits - 1
     finite = jnp.isfinite(high - low)
     scale = jnp.where(finite, (high - low) / largest, jnp.nan)
     bias = jnp.where(finite, low, jnp.nan)
@@ -200,14 +236,30 @@ def _encoded(rows: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate([header.reshape(-1, HEADER_BYTES), codes], -1)
 
 
+def _extremes(rows: jax.Array, column_axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest number of each whole row, ``[n, 1]``; infinities if it holds what is none."""
+    # The least of NaN and a number is NaN or the number: in collectives, and in XLA's reductions of large arrays.
+    finite = jnp.isfinite(rows).all(-1, keepdims=True)
+    low = jnp.where(finite, rows.min(-1, keepdims=True), -jnp.inf)
+    high = jnp.where(finite, rows.max(-1, keepdims=True), jnp.inf)
+    if not column_axes:
+        return low, high
+    ends = jax.lax.pmin(jnp.concatenate([low, -high], -1), column_axes)
+    return ends[:, :1], -ends[:, 1:]
+
+
 def _decoded(data: jax.Array, dim: int, bits: int) -> jax.Array:
-    """Returns uint8 rows ``[..., width]`` as float32 ``[..., dim]``."""
+    """Returns uint8 rows ``[..., parts * width]`` as float32 ``[..., parts * dim]``."""
+    leading, width = data.shape[:-1], _width(dim, bits)
+    parts = data.shape[-1] // width
+    data = data.reshape(*leading, parts, width)
     header = data[..., :HEADER_BYTES].reshape(*data.shape[:-1], 2, HEADER_BYTES // 2)
     numbers = jax.lax.bitcast_convert_type(header, jnp.float32)
     codes = data[..., HEADER_BYTES:]
     if bits == 4:
         codes = jnp.concatenate([codes & 15, codes >> 4], -1)[..., :dim]
-    return numbers[..., :1] * codes.astype(jnp.float32) + numbers[..., 1:]
+    values = numbers[..., :1] * codes.astype(jnp.float32) + numbers[..., 1:]
+    return values.reshape(*leading, parts * dim)
 
 
 def _width(dim: int, bits: int) -> int:
@@ -261,12 +313,8 @@ def _backward(stack, backend, form, kept, cotangents):
     if gains is None:
         return None, None, None, None
     # d activation / d gain is the row that was looked up.
-    found = StackIds(ids, offsets, None, *form)
     gradients = jnp.concatenate([part.astype(jnp.float32) for part in cotangents])
-    if not ids.shape[0] or not gradients.shape[0]:
-        return None, jnp.zeros_like(gains), None, None
-    values = _present(stack, table, present_rows(stack, found)) * gradients[sample_of_ids(found)]
-    return None, values.sum(-1), None, None
+    return None, table.row_products(stack, StackIds(ids, offsets, None, *form), gradients), None, None
 
 
 _pool.defvjp(_forward, _backward)
@@ -312,8 +360,10 @@ def _native(table: QuantizedRows, found: calls.Occurrences, sizes: tuple[int, ..
     """Returns the sums of each sample's rows in blocks of ``sizes`` samples; without offsets, NaN for absent rows."""
     ids, offsets, _, gains = found.operands()
     operands = varying_with((table.data, ids, offsets, gains))
-    # Inside of a shard_map results vary along the mesh axes along which operands do.
-    kind = getattr(jax.typeof(operands[0]), "manual_axis_type", None)
-    shapes = [jax.ShapeDtypeStruct((size, table.embedding_dim), dtype, manual_axis_type=kind) for size in sizes]
+    shapes: Any = [jax.ShapeDtypeStruct((size, table.embedding_dim), dtype) for size in sizes]
+    if varying_axes(operands[0]):
+        # Inside of a shard_map results vary along the mesh axes along which operands do.
+        likes = shapes
+        shapes = jax.eval_shape(lambda: [varying_with(jnp.zeros(x.shape, x.dtype), operands) for x in likes])
     call = jax.ffi.ffi_call("embax_quantized_pool", shapes, vmap_method="sequential")
     return tuple(call(*operands, bits=np.int64(table.bits)))

@@ -317,19 +317,21 @@ def _check_place(plan: Plan, stack: StackPlan, table: Any) -> None:
 
     Arrays of the host and traced ones do not say how they lie.
     """
-    if not isinstance(table, jax.Array) or isinstance(table, Tracer):
-        return
-    if plan.devices is None:
-        fits = len(table.sharding.device_set) == 1 or table.sharding.is_fully_replicated
-    else:
-        wanted = plan.devices.sharding(table_spec(stack, plan.devices))
-        fits = plan.devices.inside() or table.sharding.is_equivalent_to(wanted, 2)
-    if not fits:
-        raise ValueError(
-            f'stack "{stack.name}": the table lies on its devices as {table.sharding}, and the plan has it '
-            f"{_place(plan, stack)}; the rows of another plan's tables may stand in another order: carry them over by "
-            "embax.from_arrays(plan, embax.to_arrays(other_plan, tables))"
-        )
+    for leaf in jax.tree.leaves(table):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            continue
+        if plan.devices is None:
+            fits = len(leaf.sharding.device_set) == 1 or leaf.sharding.is_fully_replicated
+        else:
+            wanted = plan.devices.sharding(table_spec(stack, plan.devices))
+            fits = plan.devices.inside() or leaf.sharding.is_equivalent_to(wanted, 2)
+        if not fits:
+            quantized = "" if leaf is table else ", and quantize those (embax.quantize_tables)"
+            raise ValueError(
+                f'stack "{stack.name}": the table lies on its devices as {leaf.sharding}, and the plan has it '
+                f"{_place(plan, stack)}; the rows of another plan's tables may stand in another order: carry them over "
+                f"by embax.from_arrays(plan, embax.to_arrays(other_plan, tables)){quantized}"
+            )
 
 
 def _place(plan: Plan, stack: StackPlan) -> str:

@@ -123,6 +123,15 @@ def test_a_row_that_is_not_finite_is_a_row_of_nan(bits, backend, monkeypatch):
         np.testing.assert_allclose(taken[6], [1, 2, 3], atol=1.01 / (2**bits - 1))
 
 
+@pytest.mark.parametrize("where", [jnp.asarray, np.asarray])
+def test_a_row_of_nan_in_a_large_table(where):
+    """XLA's reductions of large arrays on CPU take the least of NaN and a number for the number."""
+    table = np.array(random_table(16, 4000))
+    table[::10, 3] = np.nan
+    taken = np.asarray(embax.quantize_rows(where(table)).dequantize())
+    assert np.array_equal(np.isnan(taken), np.broadcast_to(np.isnan(table).any(1, keepdims=True), table.shape))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_blocks_change_nothing(bits, monkeypatch, tmp_path):
     table = np.array(random_table(5, 29))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from embax import kernels
 from embax.exchange.gather import brought_home
-from embax.exchange.shards import Here, everybodys, local_stack, on_wire, pooled, seeded_here
+from embax.exchange.shards import Here, everybodys, local_stack, on_wire, pooled, products, seeded_here
 from embax.id_batch import StackIds
 from embax.kernels import reference
 from embax.optimizers.base import map_slots
@@ -94,7 +94,7 @@ def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -
         cotangent = jax.lax.all_gather(cotangent, devices.shared_axes, tiled=True)
     first = jax.lax.axis_index(devices.table_axes) * width
     cotangent = jax.lax.dynamic_slice_in_dim(cotangent, first, width, 1)
-    return brought_home(devices, kernels.get(backend).row_products(local_stack(stack), table, every, cotangent))
+    return brought_home(devices, products(backend, local_stack(stack), table, every, cotangent))
 
 
 def _own_columns(stack: StackPlan, devices: Devices, gradient: jax.Array) -> jax.Array:

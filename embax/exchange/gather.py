@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from embax import kernels
-from embax.exchange.shards import Here, everybodys, local_stack, on_wire, own_rows, pooled, seeded_here
+from embax.exchange.shards import Here, everybodys, local_stack, on_wire, own_rows, pooled, products, seeded_here
 from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import StackPlan
@@ -51,8 +51,7 @@ def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -
     every = _own(stack, devices, everybodys(stack, ids, devices.shared_axes))
     if devices.shared_axes:
         cotangent = jax.lax.all_gather(cotangent, devices.shared_axes, tiled=True)
-    products = kernels.get(backend).row_products(local_stack(stack), table, every, cotangent)
-    return brought_home(devices, products)
+    return brought_home(devices, products(backend, local_stack(stack), table, every, cotangent))
 
 
 def brought_home(devices: Devices, partial: jax.Array) -> jax.Array:

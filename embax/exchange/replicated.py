@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from embax import kernels
-from embax.exchange.shards import Here, everybodys, local_stack, on_wire, pooled, together
+from embax.exchange.shards import Here, everybodys, local_stack, on_wire, pooled, products, together
 from embax.id_batch import StackIds
 from embax.placement import sums_travel
 from embax.row_gradients import RowGradients
@@ -60,4 +60,4 @@ def _summed(here: Here, ids: StackIds, token: jax.Array, gradient: jax.Array) ->
 def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -> jax.Array:
     """Returns the derivatives of the gains of this device's ids, from those of its activations."""
     stack, _, backend = here
-    return kernels.get(backend).row_products(local_stack(stack), table, together(ids), cotangent)
+    return products(backend, local_stack(stack), table, together(ids), cotangent)

@@ -49,6 +49,13 @@ def pooled(backend: str, stack: StackPlan, table: Any, ids: StackIds) -> jax.Arr
     return kernels.get(backend).gather_pool(stack, table, ids)[0]
 
 
+def products(backend: str, stack: StackPlan, table: Any, ids: StackIds, gradients: jax.Array) -> jax.Array:
+    """Returns each id's row times its sample's gradient; rows that are no plain array know their own."""
+    if hasattr(table, "row_products"):
+        return table.row_products(stack, ids, gradients)
+    return kernels.get(backend).row_products(stack, table, ids, gradients)
+
+
 def together(ids: StackIds) -> StackIds:
     """Returns the same ids as those of one feature: the kernels then make one result."""
     valencies = set(ids.valencies)

@@ -25,7 +25,21 @@ def in_pieces(key: jax.Array) -> jax.Array:
         return key
     if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
         return key  # a number's bits then depend on how many there are
+    if not _same_bits():
+        return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_implementation())
+
+
+@functools.cache
+def _same_bits() -> bool:
+    """Returns whether this version of JAX makes bits as ``_bits`` does: what is saved in memory is not worth others."""
+    with jax.ensure_compile_time_eval():
+        return bool(jax.jit(_compared)(jax.random.key(7)))
+
+
+def _compared(key: jax.Array) -> jax.Array:
+    shape = (PIECE + 5,)
+    return (_bits(jax.random.key_data(key), 32, shape) == jax.random.bits(key, shape)).all()
 
 
 @functools.cache

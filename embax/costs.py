@@ -93,7 +93,7 @@ def explain(plan: Plan, batch_size: int | None = None, machine: Machine | None =
     lines = [("stack", "placement", "exchange", "memory/device", "forward", "backward", "rows/step", "estimate")]
     for cost in found:
         stack = cost.stack
-        exchange = stack.exchange if stack.placement in ("row", "table") else "-"
+        exchange = stack.exchange if stack.by_rows else "-"
         numbers = (_bytes(cost.memory), _bytes(cost.forward), _bytes(cost.backward), f"{cost.rows:,}")
         lines.append((stack.name, stack.placement, exchange, *numbers, f"{1e3 * cost.seconds(machine):.3f} ms"))
     totals = (_bytes(sum(c.memory for c in found)), _bytes(sum(c.forward for c in found)))

@@ -13,6 +13,10 @@ A table's placement says how it lies on the devices of the table axes. Six rows 
     table       device 0: rows 0 .. 5     device 1: another table
     column      device 0: the left halves of all rows, device 1: the right halves
     replicated  device 0: rows 0 .. 5     device 1: rows 0 .. 5
+
+A table of its own, without a plan (``embax.Table.on_mesh``, ``Embed``), keeps its rows in their order::
+
+    block       device 0: rows 0 1 2      device 1: rows 3 4 5
 """
 
 import dataclasses
@@ -26,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 EXCHANGES = ("gather", "route")
 PLACEMENTS = ("row", "table", "column", "replicated")
+ORDERED_PLACEMENTS = ("block", "column", "replicated")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,14 +83,19 @@ class StackPlan:
         return (self.rows, *(table.row_offset for table in self.tables))
 
     @property
+    def by_rows(self) -> bool:
+        """Whether different devices hold different rows."""
+        return self.placement not in ("column", "replicated")
+
+    @property
     def local_rows(self) -> int:
         """Rows that one device holds."""
-        return -(-self.rows // self.shards) if self.placement in ("row", "table") else self.rows
+        return -(-self.rows // self.shards) if self.by_rows else self.rows
 
     @property
     def stored_rows(self) -> int:
         """Rows of the array over all devices, those included that no id names."""
-        return self.local_rows * self.shards if self.placement in ("row", "table") else self.rows
+        return self.local_rows * self.shards if self.by_rows else self.rows
 
     @property
     def local_dim(self) -> int:
@@ -278,11 +283,7 @@ class _Rule(NamedTuple):
         else:
             offsets = row_offsets(sizes, shards if placement == "row" else 1)
             rows = offsets[-1] + sizes[-1]
-        if placement == "column" and group[0].embedding_dim % shards:
-            raise ValueError(
-                f'plan: table "{group[0].name}" has embedding_dim {group[0].embedding_dim}, and placement "column" '
-                f"splits it over {shards} devices; make it a multiple of {shards}, or place it otherwise"
-            )
+        check_columns(f'plan: table "{group[0].name}"', group[0].embedding_dim, placement, shards)
         if rows > MAX_STACK_ROWS - (shards - 1):  # stored, they are filled up to a multiple of the devices
             raise ValueError(f'plan: stack "{stack}" would have more than {MAX_STACK_ROWS} rows; split it')
         tables = tuple(
@@ -290,6 +291,15 @@ class _Rule(NamedTuple):
             for t, offset in zip(group, offsets, strict=True)
         )
         return _Laid(group[0], tables, rows, placement, shards)
+
+
+def check_columns(what: str, dim: int, placement: str, shards: int) -> None:
+    """Raises ValueError unless ``shards`` devices can share the columns, where they are to."""
+    if placement == "column" and dim % shards:
+        raise ValueError(
+            f'{what} has embedding_dim {dim}, and placement "column" splits it over {shards} devices; make it a '
+            f"multiple of {shards}, or place it otherwise"
+        )
 
 
 def _grouped(tables: list[TableSpec], stacks: Any, kind: Any) -> dict[str, list[TableSpec]]:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal
 from jax.sharding import PartitionSpec as P
 
 from embax.block_bits import in_pieces
@@ -41,14 +43,39 @@ def slot_specs(stack: StackPlan, devices: Devices) -> Any:
 
 
 def initial_rows(initializer: Any, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Returns what ``initializer`` makes; ValueError unless it is of that shape and dtype."""
-    made = initializer(key, shape, dtype)
+    """Returns what ``initializer`` makes, inside of jit as outside; ValueError unless of that shape and dtype.
+
+    Those of JAX are the same to the bit. Where one's own adds to a product, a compiler may round once instead of twice.
+    """
+    if isinstance(key, Tracer):
+        made = _step_by_step(lambda key: initializer(key, shape, dtype), key)
+    else:
+        made = initializer(key, shape, dtype)
     if made.shape != shape or made.dtype != dtype:
         raise ValueError(
             f"initializer {initializer!r} gave {made.dtype}{made.shape} for {dtype}{shape}; it must return an array of "
             "the shape and dtype it is called with"
         )
     return made
+
+
+def _step_by_step(function: Any, key: jax.Array) -> jax.Array:
+    """Returns ``function(key)`` with its operations kept apart, as they are outside of jit.
+
+    XLA would make one of the two products in ``normal(0.1)``, sqrt(2) and the scale, which changes last bits.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(key)
+    if not hasattr(shape, "dtype"):
+        return function(key)
+    env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env[closed.jaxpr.invars[0]] = key
+    for eqn in closed.jaxpr.eqns:
+        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        outs = jax.lax.optimization_barrier(list(outs) if eqn.primitive.multiple_results else [outs])
+        env.update(zip(eqn.outvars, outs, strict=True))
+    (out,) = closed.jaxpr.outvars
+    return out.val if isinstance(out, Literal) else env[out]
 
 
 def empty_rows(stack: StackPlan, devices: Devices) -> jax.Array:

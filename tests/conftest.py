@@ -34,6 +34,7 @@ NIGHTLY = (
     ),
     ("test_mesh_shapes.py", ("[reference]",)),
     ("test_mesh_layers.py", ("-_square-", "[column]", "[replicated]")),
+    ("test_mesh_embed.py", ("test_nnx[column-e", "test_nnx[replicated-e", "test_rows_and_products[replicated-")),
     ("test_mesh_mistakes.py", ("[int8]", "[int16]", "[row-column]", "[row-replicated]")),
     ("test_export.py", ("[False-optimizer1]", "[False-optimizer2]", "[True-optimizer1]")),
 )

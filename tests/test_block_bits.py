@@ -51,6 +51,12 @@ def test_other_keys_stay_as_they_are():
         assert block_bits.in_pieces(key) is key
 
 
+def test_a_jax_of_other_bits_keeps_its_own(monkeypatch):
+    key = jax.random.key(0)
+    monkeypatch.setattr(block_bits, "_same_bits", lambda: False)
+    assert block_bits.in_pieces(key) is key
+
+
 def _normal(key, shape, dtype):
     return jax.random.normal(key, shape, dtype)
 

@@ -13,6 +13,7 @@ FLOORS = (
     ("combiners", 0),
     ("optimizers", 0),
     ("rounding", 0),
+    ("block_bits", 0),
     ("specs", 0),
     ("stacking", 1),
     ("sorted_rows", 1),

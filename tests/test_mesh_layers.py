@@ -165,8 +165,6 @@ def test_what_a_table_on_a_mesh_does_not_do():
     with pytest.raises(NotImplementedError, match='table "a_b": it lies on a mesh.*look up through its FeatureEmbed'):
         table[jnp.array([1])]
     plan = layer.plan
-    with pytest.raises(NotImplementedError, match="quantized rows lie on one device today; make tables of a plan"):
-        embax.quantize_tables(plan, embax.init(plan, jax.random.key(0)))
     batch = embax.preprocess(plan, _batches()[0])
     tables = embax.init(plan, jax.random.key(0))
     with pytest.raises(NotImplementedError, match="a plain jax.grad with respect to tables on a mesh"):

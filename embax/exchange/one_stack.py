@@ -37,7 +37,67 @@ class Home:
             return over_mesh.looked_up(self.stack, self.devices, backend, table, ids.shard(0))[None]
 
         samples = self.devices.batch_spec()
-        return over_mesh.mapped(self.devices, local, (self._table_spec(), samples), samples)(table, ids)
+        return over_mesh.mapped(self.devices, local, (self.table_spec(), samples), samples)(table, ids)
+
+    def take(self, backend: str, table: jax.Array, rows: jax.Array) -> jax.Array:
+        """Returns the rows of the stack at int32 ``rows`` of any shape, zeros for absent ones.
+
+        A leading dimension that the shards of the batch divide is split as the batch is; else the result is whole on
+        every device.
+        """
+
+        def local(table, rows):
+            count = rows.size
+            offsets, flat = jnp.arange(count + 1, dtype=jnp.int32), rows.reshape(-1)
+            found = over_mesh.looked_up(
+                self.stack, self.devices, backend, table, StackIds(flat, offsets, None, (count,), (1,))
+            )
+            return found.reshape(*rows.shape, found.shape[-1])
+
+        samples, shards = self.devices.batch_spec(), 1 if self.devices.inside() else self.devices.batch_shards
+        run = over_mesh.mapped(self.devices, local, (self.table_spec(), samples), samples)
+        if self._even(rows.shape):
+            return run(table, rows)
+        flat = jnp.pad(self.whole(rows).reshape(-1), (0, -rows.size % shards), constant_values=self.stack.rows)
+        return self.whole(run(table, flat))[: rows.size].reshape(*rows.shape, self.stack.embedding_dim)
+
+    def taken_token(self, activations: jax.Array) -> jax.Array:
+        """Returns one of the activations that ``take`` gave, on every device."""
+        if not self._even(activations.shape):
+            return activations.ravel()[:1]
+        return self.token(activations)
+
+    def inner_products(self, query: jax.Array, table: jax.Array) -> jax.Array:
+        """Returns products ``[..., rows]`` of queries ``[..., embedding_dim]`` with every row, split as rows are."""
+        stack, devices = self.stack, self.devices
+        if devices.inside():
+            raise NotImplementedError(
+                f'table "{stack.name}": inner products with all rows of a table on a mesh are made outside of shard_map'
+            )
+        if stack.placement == "replicated":
+            return jnp.dot(query, table.T)
+
+        def local(query, table):
+            if stack.placement != "column":
+                return jnp.dot(query, table.T)
+            first = jax.lax.axis_index(devices.table_axes) * stack.local_dim
+            own = jax.lax.dynamic_slice_in_dim(query, first, stack.local_dim, query.ndim - 1)
+            return jax.lax.psum(jnp.dot(own, table.T), devices.table_axes)
+
+        split = None if stack.placement == "column" else devices.table_axes
+        spec = P(*[None] * (query.ndim - 1), split)
+        products = over_mesh.mapped(devices, local, (P(), self.table_spec()), spec)(query, table)
+        if stack.rows == stack.stored_rows:
+            return products
+        return (devices.whole(products) if devices.explicit else products)[..., : stack.rows]
+
+    def whole(self, array: jax.Array) -> jax.Array:
+        """Returns ``array`` whole on every device; as it is inside of a shard_map."""
+        return array if self.devices.inside() else self.devices.whole(array)
+
+    def _even(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether the shards of the batch divide the leading dimension."""
+        return self.devices.inside() or bool(shape) and shape[0] > 0 and shape[0] % self.devices.batch_shards == 0
 
     def lookup_among(self, backend: str, values: jax.Array, ids: StackIds) -> jax.Array:
         """Returns ``lookup`` in a small table that every device has whole; differentiable in values and gains."""
@@ -61,7 +121,7 @@ class Home:
             return exchange.gain_products(Here(self.stack, self.devices, backend), table, *own)[None]
 
         samples = self.devices.batch_spec()
-        run = over_mesh.mapped(self.devices, local, (self._table_spec(), samples, samples), samples)
+        run = over_mesh.mapped(self.devices, local, (self.table_spec(), samples, samples), samples)
         return run(table, ids, cotangent)
 
     def by_feature(self, activations: jax.Array, features: Sequence[FeaturePlan], ids: StackIds) -> list[jax.Array]:
@@ -79,7 +139,7 @@ class Home:
 
     def stored_numbers(self, rows: jax.Array) -> jax.Array:
         """Returns the rows of the stored array that hold int32 ``rows`` of the stack, ``stored_rows`` for none."""
-        if self.stack.placement in ("column", "replicated"):
+        if not self.stack.by_rows:
             return jnp.where((rows >= 0) & (rows < self.stack.rows), rows, self.stack.stored_rows)
         owner, local = owners(self.stack, rows)
         present = owner < self.stack.shards
@@ -96,7 +156,7 @@ class Home:
                 return jax.lax.all_gather(found, axes, axis=1, tiled=True)
             return found if stack.placement == "replicated" else jax.lax.psum(found, axes)
 
-        return over_mesh.mapped(self.devices, local, (self._table_spec(), P()), P())(table, rows)
+        return over_mesh.mapped(self.devices, local, (self.table_spec(), P()), P())(table, rows)
 
     def everywhere(self, function: Callable, *arrays: Any) -> Any:
         """Returns ``function(*arrays)``, computed on every device from whole arrays."""
@@ -121,7 +181,8 @@ class Home:
         run = over_mesh.mapped(devices, local, (spec, P(), P(), P()), spec)
         return run(state, gradient.rows, gradient.values, hyper)
 
-    def _table_spec(self) -> P:
+    def table_spec(self) -> P:
+        """Returns how the rows are split."""
         return sharded_tables.table_spec(self.stack, self.devices)
 
 

@@ -251,7 +251,7 @@ def mapped(devices: Devices, local: Callable, in_specs: tuple, out_specs: Any) -
 
 
 def _stored_rows(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
-    if stack.placement in ("column", "replicated"):
+    if not stack.by_rows:
         return rows
     first = jax.lax.axis_index(devices.table_axes) * stack.local_rows
     return jnp.where(rows < stack.local_rows, rows + first, stack.stored_rows)
@@ -259,7 +259,7 @@ def _stored_rows(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Arr
 
 def rows_here(stack: StackPlan, devices: Devices, rows: jax.Array) -> jax.Array:
     """Returns the numbers that stored rows have on this device, ``local_rows`` where they are another's."""
-    if stack.placement in ("column", "replicated"):
+    if not stack.by_rows:
         return rows
     own = rows - jax.lax.axis_index(devices.table_axes) * stack.local_rows
     return jnp.where((own >= 0) & (own < stack.local_rows), own, stack.local_rows).astype(jnp.int32)

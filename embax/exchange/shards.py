@@ -86,10 +86,10 @@ def everybodys(stack: StackPlan, ids: StackIds, axes: Sequence[str]) -> StackIds
 def owners(stack: StackPlan, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the device that has each row of the stack, ``shards`` for absent ones, and the row's number there."""
     present = (rows >= 0) & (rows < stack.rows)
-    if stack.placement == "table":
-        owner, local = rows // stack.local_rows, rows % stack.local_rows
-    else:
+    if stack.placement == "row":
         owner, local = rows % stack.shards, rows // stack.shards
+    else:
+        owner, local = rows // stack.local_rows, rows % stack.local_rows
     return jnp.where(present, owner, stack.shards), jnp.where(present, local, stack.local_rows)
 
 

@@ -1,7 +1,28 @@
-"""What both Embed layers compute: which ids to look up, inner products, masks."""
+"""What both Embed layers compute: where the rows live, which ids to look up, inner products, masks."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from embax.exchange.one_stack import Home
+from embax.exchange.ordered import ordered_home
+
+
+def embed_home(shape: tuple[int, int], dtype: Any, optimizer: Any, mesh: Any, placement: str) -> Home | None:
+    """Returns where the rows of an Embed live; None for one device.
+
+    Raises:
+      ValueError: a mesh without an optimizer, or a placement that does not fit.
+    """
+    if mesh is None and placement == "block":
+        return None
+    if optimizer is None:
+        raise ValueError(
+            "Embed: mesh= and placement= need optimizer=; without it the table is an ordinary parameter, split as "
+            "Flax splits parameters (embedding_metadata, nn.with_partitioning)"
+        )
+    return ordered_home("embedding", shape, jnp.float32 if dtype is None else dtype, optimizer, mesh, placement)
 
 
 def attend_to(query: jax.Array, rows: jax.Array) -> jax.Array:
@@ -22,6 +43,11 @@ def attend_to(query: jax.Array, rows: jax.Array) -> jax.Array:
             f"for all queries, or {[*query.shape[:-1], 'K']}, those of each query"
         )
     return jnp.einsum("...d,...kd->...k", query, rows)
+
+
+def attend_to_all(query: jax.Array, rows: jax.Array, home: Home | None) -> jax.Array:
+    """Returns the inner products of queries ``[..., D]`` with all rows of a table, which ``home`` has stored."""
+    return attend_to(query, rows) if home is None else home.inner_products(query, rows)
 
 
 def mask_of(ids: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The third form of a lookup: the pooled activations of a stack that lies on a mesh."""
+"""Lookups in tables on a mesh: the pooled activations of a stack, and the rows of a table of its own."""
 
 import dataclasses
 from typing import Any
@@ -46,9 +46,7 @@ class MeshPool(Form):
         )
 
     def located(self, shape, offset, total, operands):
-        if shape[0] != total:
-            raise NotImplementedError(f'table "{self.name}": layers of tables cannot lie on a mesh; name each table')
-        return self, operands
+        return _alone(self, shape, total, operands)
 
     def occurrences(self, operands):
         ids, offsets, *gains = operands
@@ -61,3 +59,48 @@ class MeshPool(Form):
         first = sum(self.samples) * jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
         weights: Any = gains[0].reshape(-1) if gains else None
         return self.home.stored_numbers(rows).reshape(-1), (samples + first).reshape(-1), weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshTake(Form):
+    """Rows at int32 rows of any shape of a table of its own on a mesh; those outside of it are NaN."""
+
+    home: Home
+    backend: str
+
+    @property
+    def has_gains(self) -> bool:
+        return False
+
+    def gather(self, table, rows):
+        stack = self.home.stack
+        found = self.home.take(self.backend, table, rows)
+        present = (rows >= 0) & (rows < stack.rows)
+        return jnp.where(present[..., None], found, jnp.asarray(jnp.nan, found.dtype))
+
+    def token(self, activations):
+        return self.home.taken_token(activations)
+
+    def gains_cotangent(self, table, *operands_and_cotangent):
+        raise NotImplementedError("a take has no gains")
+
+    def batched(self, size, operands, dims):
+        (table, rows), (table_dim, rows_dim) = operands, dims
+        if table_dim is not None:
+            raise NotImplementedError(
+                f'table "{self.name}": vmap over tables on a mesh is not supported; name each table, or give the '
+                "tables to one device"
+            )
+        return self, table, [jnp.moveaxis(rows, rows_dim, 0)], 0
+
+    def located(self, shape, offset, total, operands):
+        return _alone(self, shape, total, operands)
+
+    def occurrences(self, operands):
+        return self.home.stored_numbers(operands[0]), None, None
+
+
+def _alone(form: Form, shape: tuple[int, ...], total: int, operands: list) -> tuple[Form, list]:
+    if shape[0] != total:
+        raise NotImplementedError(f'table "{form.name}": layers of tables cannot lie on a mesh; name each table')
+    return form, operands

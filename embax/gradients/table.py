@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from embax import kernels
 from embax.exchange.one_stack import Home
+from embax.exchange.ordered import ordered_home, stored
 from embax.gradients.forms import Pool, Take
-from embax.gradients.mesh_form import MeshPool
+from embax.gradients.mesh_form import MeshPool, MeshTake
 from embax.gradients.primitive import SparseGradientError, lookup, whole
 from embax.id_batch import StackIds
 from embax.kernels import differentiable
 from embax.optimizers.base import Optimizer
+from embax.placement import ORDERED_PLACEMENTS
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients, sum_rows
 from embax.take import rows_of
@@ -88,9 +91,8 @@ class Table:
                 "over the table"
             )
         if self.home is not None:
-            raise NotImplementedError(
-                f'table "{self.name}": it lies on a mesh, in the order of its owners; look up through its FeatureEmbed'
-            )
+            form = MeshTake(self.name or "unnamed", self._ordered_home(), kernels.choose().name)
+            return lookup(form, self.value, sentinel, rows_of(ids, form.home.stack.rows))
         form = Take(self.name or "unnamed")
         return lookup(form, self.value, sentinel, rows_of(ids, self.shape[-2]))
 
@@ -105,9 +107,41 @@ class Table:
         return lookup(form, self.value, sentinel, ids.ids, ids.offsets, *gains)
 
     def whole(self, sentinel: Any = None) -> jax.Array:
-        """Returns all rows, for uses without a gradient; asking for one raises."""
+        """Returns all rows, for uses without a gradient; asking for one raises. On a mesh with rows that fill it up."""
         sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
         return whole(self.name or "unnamed", self.value, sentinel)
+
+    def on_mesh(self, mesh: Any, placement: str = "block") -> "Table":
+        """Returns the table with its rows split over the devices of a mesh, in their order.
+
+        Args:
+          mesh: a ``jax.sharding.Mesh``, or ``embax.Devices``.
+          placement: "block" (neighbouring rows together, filled up with rows of zeros where the devices do not divide
+            them), "column" or "replicated".
+
+        Raises:
+          ValueError: layers of tables, another placement, or columns that the devices cannot share.
+
+        >>> import jax, jax.numpy as jnp, embax
+        >>> word = embax.Table(jnp.arange(6.0).reshape(3, 2), embax.SGD(1.0))
+        >>> word.on_mesh(jax.make_mesh((1,), ("x",)))[jnp.array([2, 0])].tolist()
+        [[4.0, 5.0], [0.0, 1.0]]
+        """
+        if self.value.ndim != 2 or self.home is not None:
+            raise ValueError(
+                f'table "{self.name}" {list(self.shape)}: on_mesh takes one table [vocabulary_size, embedding_dim] '
+                "that is on no mesh yet"
+            )
+        home = ordered_home(self.name or "table", self.shape, self.dtype, self.optimizer, mesh, placement)  # type: ignore
+        return self.tree_unflatten((self.optimizer, self.name, home), (stored(home, self.value),))
+
+    def _ordered_home(self) -> Home:
+        assert self.home is not None
+        if self.home.stack.placement not in ORDERED_PLACEMENTS:
+            raise NotImplementedError(
+                f'table "{self.name}": it lies on a mesh in the order of its owners; look up through its FeatureEmbed'
+            )
+        return self.home
 
     def table_arrays(self) -> list[Any]:
         """Returns the array, for ``check_step``."""
@@ -159,7 +193,10 @@ class Prefetched:
     def lookup_rows(self, ids: Any, sentinel: Any = None) -> jax.Array:
         """Returns the rows at ``ids``; the sentinel is not needed, for plain derivatives are right here."""
         del sentinel
-        return jnp.take(self.values, self.places(rows_of(ids, self.vocabulary_size)), axis=0, mode="fill")
+        if self.home is None:
+            return jnp.take(self.values, self.places(rows_of(ids, self.vocabulary_size)), axis=0, mode="fill")
+        rows = self.home.stored_numbers(rows_of(ids, self.home.stack.rows))
+        return jnp.take(self.values, self.places(rows), axis=0, mode="fill")
 
     def lookup_pooled(self, stack: StackPlan, backend: str, ids: StackIds, sentinel: Any = None) -> jax.Array:
         """Returns the activations of a stack whose rows these are; a sample with an id that is not here is NaN."""

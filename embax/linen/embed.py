@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from embax.gradients.embed_rows import attend_to, embed_ids, mask_of
+from embax.exchange.ordered import made
+from embax.gradients.embed_rows import attend_to, attend_to_all, embed_home, embed_ids, mask_of
 from embax.gradients.table import Prefetched, check_optimizer
 from embax.linen.box import Table
 
@@ -19,10 +20,14 @@ class Embed(nn.Embed):
     Attributes:
       optimizer: of the table's rows, such as ``embax.Adagrad(0.1)``; None for dense gradients.
       mask_zero: whether id 0 is padding: ``compute_mask`` then says where ids are not 0, as Keras' Embedding does.
+      mesh: a Mesh, or ``embax.Devices``, over whose devices the rows are split; with ``optimizer`` only. The rows keep
+        their order, and are filled up with rows of zeros where the devices do not divide them.
+      placement: on the mesh: "block" (neighbouring rows together), "column" or "replicated".
       num_embeddings, features, dtype, param_dtype, embedding_init, promote_dtype: as for ``flax.linen.Embed``.
 
     Raises:
       TypeError: an optimizer that is not one of embax's.
+      ValueError: a mesh without an optimizer, or a placement that does not fit.
 
     >>> import jax, jax.numpy as jnp, embax, embax.linen
     >>> layer, ids = embax.linen.Embed(1000, 4, optimizer=embax.Adagrad(0.1)), jnp.array([5, -1, 5])
@@ -34,9 +39,13 @@ class Embed(nn.Embed):
 
     optimizer: Any = None
     mask_zero: bool = False
+    mesh: Any = None
+    placement: str = "block"
 
     def setup(self):
         """Makes, or takes up, the table."""
+        shape = (self.num_embeddings, self.features)
+        home = embed_home(shape, self.param_dtype, self.optimizer, self.mesh, self.placement)
         if self.optimizer is None:
             super().setup()
             return
@@ -46,11 +55,15 @@ class Embed(nn.Embed):
         if isinstance(stored, Prefetched):
             self.rows = stored
             return
-        shape = (self.num_embeddings, self.features)
-        self.embedding = self.param(
-            "embedding", _boxed(self.embedding_init, self.optimizer, name), shape, self.param_dtype
-        )
-        self.rows = Table.tree_unflatten((self.optimizer, name, None), (self.embedding,))
+        init = self.embedding_init
+        static = (self.optimizer, name, home)
+
+        def boxed(key):
+            value = init(key, shape, self.param_dtype) if home is None else made(home, init, key)
+            return Table.tree_unflatten(static, (value,))
+
+        self.embedding = self.param("embedding", boxed)
+        self.rows = Table.tree_unflatten(static, (self.embedding,))
 
     def __call__(self, inputs: jax.Array) -> Any:
         """Returns the rows at ``inputs``, integers of any shape: ``inputs.shape + (features,)``.
@@ -70,7 +83,7 @@ class Embed(nn.Embed):
           query: ``[..., features]``.
           candidates: ids ``[K]`` for all queries, or ``[..., K]`` for each: the result is ``[..., K]``, and gradients
             are of these rows only. None for all rows, ``[..., num_embeddings]``: with ``optimizer`` that has no
-            gradient, and asking for one raises.
+            gradient with respect to the rows, and asking for one raises. On a mesh it is split as the rows are.
         """
         if candidates is None and self.optimizer is None:
             return super().attend(query)
@@ -80,16 +93,10 @@ class Embed(nn.Embed):
             rows = super().__call__(candidates)
         else:
             rows = self.rows.lookup_rows(embed_ids(candidates, self.num_embeddings))
-        parts: Any = self.promote_dtype(query, rows, dtype=self.dtype)
-        return attend_to(*parts)
+        pair: Any = self.promote_dtype(query, rows, dtype=self.dtype)
+        query, rows = pair
+        return attend_to(query, rows) if candidates is not None else attend_to_all(query, rows, self.rows.home)
 
     def compute_mask(self, inputs: jax.Array) -> jax.Array | None:
         """Returns where ``inputs`` are not padding: ``inputs != 0``; None without ``mask_zero``."""
         return mask_of(inputs) if self.mask_zero else None
-
-
-def _boxed(init: Any, optimizer: Any, name: str) -> Any:
-    def boxed(*args):
-        return Table.tree_unflatten((optimizer, name, None), (init(*args),))
-
-    return boxed

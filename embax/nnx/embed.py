@@ -1,13 +1,17 @@
 """``embax.nnx.Embed``: ``flax.nnx.Embed``, and with ``optimizer=`` the same with row gradients."""
 
+import inspect
 from typing import Any
 
 import jax
 from flax import nnx
 
-from embax.gradients.embed_rows import attend_to, embed_ids, mask_of
+from embax.exchange.ordered import made
+from embax.gradients.embed_rows import attend_to, attend_to_all, embed_home, embed_ids, mask_of
 from embax.gradients.table import check_optimizer
 from embax.nnx.variables import PrefetchedRows, PrefetchedValues, Table, leaf, sentinel
+
+DEFAULT_INIT = inspect.signature(nnx.Embed.__init__).parameters["embedding_init"].default
 
 
 class Embed(nnx.Embed):
@@ -23,10 +27,14 @@ class Embed(nnx.Embed):
       optimizer: of the table's rows, such as ``embax.Adagrad(0.1)``; None for dense gradients.
       mask_zero: whether id 0 is padding: ``compute_mask`` then says where ids are not 0, as Keras' Embedding does.
       rngs: for the initial values.
-      settings: as for ``flax.nnx.Embed``: dtype, param_dtype, embedding_init, promote_dtype, embedding_metadata.
+      settings: as for ``flax.nnx.Embed``: dtype, param_dtype, embedding_init, promote_dtype, embedding_metadata. With
+        ``optimizer=`` also ``mesh``, a Mesh or ``embax.Devices`` over whose devices the rows are split, and
+        ``placement``: "block" (neighbouring rows together, the default), "column" or "replicated". The rows keep their
+        order, and are filled up with rows of zeros where the devices do not divide them.
 
     Raises:
       TypeError: an optimizer that is not one of embax's.
+      ValueError: a mesh without an optimizer, or a placement that does not fit.
 
     >>> import jax.numpy as jnp, embax, embax.nnx
     >>> from flax import nnx
@@ -48,6 +56,11 @@ class Embed(nnx.Embed):
         rngs: Any,
         **settings: Any,
     ):
+        where = settings.pop("mesh", None), settings.pop("placement", "block")
+        home = embed_home((num_embeddings, features), settings.get("param_dtype"), optimizer, *where)
+        if home is not None:
+            initializer = settings.get("embedding_init", DEFAULT_INIT)
+            settings["embedding_init"] = lambda key, *_: made(home, initializer, key)
         super().__init__(num_embeddings, features, rngs=rngs, **settings)
         self.mask_zero = mask_zero
         self.sentinel = nnx.data(None)
@@ -55,7 +68,7 @@ class Embed(nnx.Embed):
         if optimizer is not None:
             check_optimizer("Embed", optimizer, self.param_dtype)
             param = self.embedding
-            metadata = {**param.get_metadata(), "optimizer": optimizer}
+            metadata = {**param.get_metadata(), "optimizer": optimizer, "home": home}
             self.embedding = Table.from_metadata(param.get_value(), metadata)
             self.sentinel = nnx.data(sentinel())
 
@@ -80,7 +93,7 @@ class Embed(nnx.Embed):
           out_sharding: as for ``flax.nnx.Embed``; not with ``optimizer=`` or candidates.
           candidates: ids ``[K]`` for all queries, or ``[..., K]`` for each: the result is ``[..., K]``, and gradients
             are of these rows only. None for all rows, ``[..., num_embeddings]``: with ``optimizer=`` that has no
-            gradient, and asking for one raises.
+            gradient with respect to the rows, and asking for one raises. On a mesh it is split as the rows are.
         """
         if candidates is None and not self.sparse:
             return super().attend(query, out_sharding=out_sharding)
@@ -88,7 +101,7 @@ class Embed(nnx.Embed):
             raise NotImplementedError("Embed.attend: out_sharding is not supported with optimizer= or candidates=")
         rows = self._leaf().whole(self._sentinel()) if candidates is None else self._rows(candidates)
         query, rows = self.promote_dtype((query, rows), dtype=self.dtype)
-        return attend_to(query, rows)
+        return attend_to(query, rows) if candidates is not None else attend_to_all(query, rows, self._leaf().home)
 
     def compute_mask(self, inputs: jax.Array) -> jax.Array | None:
         """Returns where ``inputs`` are not padding: ``inputs != 0``; None without ``mask_zero``."""

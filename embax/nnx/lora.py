@@ -50,6 +50,11 @@ class LoRAEmbed(nnx.Module):
     ):
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"LoRAEmbed: rank={rank!r} must be an integer of at least 1")
+        if base.embedding.get_metadata("home", None) is not None:
+            raise NotImplementedError(
+                "LoRAEmbed: the table of base lies on a mesh, and an adapted one lies on one device today; take base's "
+                "rows over into an Embed without mesh="
+            )
         self.num_embeddings, self.features, self.rank = base.num_embeddings, base.features, rank
         self.scale = 1.0 if alpha is None else alpha / rank
         self.dtype, self.promote_dtype = base.dtype, base.promote_dtype

@@ -233,14 +233,68 @@ void gather_pool_as(const GatherPool& work, int64_t first, int64_t last) {
   }
 }
 
+// Whether many of the ids that the samples [first, last) own are absent, as where a mesh's ids go to all devices. A few
+// of them are looked at; nothing but speed depends on the answer.
+EMBAX_INLINE bool often_absent(const GatherPool& work, int64_t first, int64_t last) {
+  constexpr int64_t kLooks = 64;
+  const int64_t begin = clamped(work.ids.offsets[first], work.ids.capacity);
+  const int64_t count = clamped(work.ids.offsets[last], work.ids.capacity) - begin;
+  if (count < kLooks) return false;
+  int64_t absent = 0;
+  for (int64_t i = 0; i < kLooks; ++i) {
+    const int64_t id = work.ids.ids[begin + i * count / kLooks];
+    absent += static_cast<uint64_t>(id) >= static_cast<uint64_t>(work.table.rows);
+  }
+  return absent >= kLooks / 8;
+}
+
+// The same with the absent ids left out first, some samples at a time: a processor cannot guess whether an id is there,
+// and each wrong guess costs as much as adding up a row. Sums keep their order.
+template <typename T>
+void gather_present_as(const GatherPool& work, int64_t first, int64_t last) {
+  constexpr int64_t kIds = 2048, kSamples = 256;
+  int32_t ids[kIds + 1], offsets[kSamples + 1];
+  float gains[kIds + 1];
+  const Ids& all = work.ids;
+  const uint64_t rows = static_cast<uint64_t>(work.table.rows);
+  const int64_t out_bytes = work.table.dim * kDtypeSize[static_cast<int>(work.out_dtype)];
+  while (first < last) {
+    int32_t kept = 0;
+    int64_t count = 0, looked = 0;
+    offsets[0] = 0;
+    for (; count < kSamples && first + count < last; offsets[++count] = kept) {
+      const int64_t begin = clamped(all.offsets[first + count], all.capacity);
+      const int64_t end = clamped(all.offsets[first + count + 1], all.capacity);
+      if (end > begin) looked += end - begin;
+      if (looked > kIds) break;
+      for (int64_t j = begin; j < end; ++j) {
+        ids[kept] = all.ids[j];
+        if (all.gains != nullptr) gains[kept] = all.gains[j];
+        kept += static_cast<uint64_t>(int64_t{all.ids[j]}) < rows;
+      }
+    }
+    if (count == 0) {  // one sample of more ids than fit
+      gather_pool_as<T>(work, first, first + 1);
+      ++first;
+      continue;
+    }
+    GatherPool part = work;
+    part.ids = {ids, offsets, all.gains == nullptr ? nullptr : gains, kept, count, nullptr};
+    part.out = static_cast<char*>(work.out) + first * out_bytes;
+    gather_pool_as<T>(part, 0, count);
+    first += count;
+  }
+}
+
 // Pools the samples [first, last).
 inline void gather_pool(const GatherPool& work, int64_t first, int64_t last) {
+  const bool absent = !one_each(work.ids, first, last) && often_absent(work, first, last);
   if (work.table.dtype == Dtype::kFloat32) {
-    gather_pool_as<float>(work, first, last);
+    absent ? gather_present_as<float>(work, first, last) : gather_pool_as<float>(work, first, last);
   } else if (work.table.dtype == Dtype::kBFloat16) {
-    gather_pool_as<BFloat16>(work, first, last);
+    absent ? gather_present_as<BFloat16>(work, first, last) : gather_pool_as<BFloat16>(work, first, last);
   } else {
-    gather_pool_as<Float16>(work, first, last);
+    absent ? gather_present_as<Float16>(work, first, last) : gather_pool_as<Float16>(work, first, last);
   }
 }
 

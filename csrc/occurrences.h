@@ -51,6 +51,7 @@ class PresentIds {
       : ids_(ids), rows_(static_cast<uint64_t>(rows)), sample_of_(sample_of), chunks_(chunks), last_(ids.capacity) {
     // Rising offsets give every position between the first and the last of them to one sample.
     if (ids.offsets != nullptr) first_ = bound(ids.offsets[0]), last_ = bound(ids.offsets[ids.samples]);
+    often_absent_ = ids.offsets != nullptr && is_often_absent();
   }
 
   int64_t chunks() const { return chunks_; }
@@ -63,6 +64,18 @@ class PresentIds {
     const int32_t* ids = ids_.ids;
     const uint64_t rows = rows_;
     if (ids_.offsets == nullptr) return own(chunk, [=](int64_t, uint32_t row, int64_t) { use(row); });
+    if (often_absent_) {
+      uint32_t kept[kTogether + 1];
+      for (int64_t j = edge(chunk); j < last;) {
+        int64_t count = 0;
+        for (const int64_t end = std::min(last, j + kTogether); j < end; ++j) {
+          kept[count] = static_cast<uint32_t>(ids[j]);
+          count += is_below(ids[j], rows);
+        }
+        for (int64_t i = 0; i < count; ++i) use(kept[i]);
+      }
+      return;
+    }
     for (int64_t j = edge(chunk); j < last; ++j) {
       if (is_below(ids[j], rows)) use(static_cast<uint32_t>(ids[j]));
     }
@@ -94,12 +107,49 @@ class PresentIds {
     const int64_t last = edge(chunk + 1);
     int64_t j = edge(chunk);
     int64_t sample = std::upper_bound(offsets, offsets + ids_.samples + 1, j) - offsets - 1;
+    if (often_absent_) return each_kept(j, last, sample, use);
     for (; j < last; ++sample) {
       const int64_t end = std::min<int64_t>(last, offsets[sample + 1]);
       for (; j < end; ++j) {
         if (is_below(ids[j], rows)) use(j, static_cast<uint32_t>(ids[j]), sample);
       }
     }
+  }
+
+  // The same where many ids are absent, as where a mesh's ids go to all devices: a processor cannot guess which, and each
+  // wrong guess costs more than a place in an array.
+  template <typename Use>
+  EMBAX_INLINE void each_kept(int64_t j, int64_t last, int64_t sample, const Use use) const {
+    struct Kept {
+      int32_t place, sample;
+      uint32_t row;
+    } kept[kTogether + 1];
+    const int32_t *ids = ids_.ids, *offsets = ids_.offsets;
+    const uint64_t rows = rows_;
+    int64_t count = 0;
+    const auto put = [&] {
+      for (int64_t i = 0; i < count; ++i) use(kept[i].place, kept[i].row, kept[i].sample);
+      count = 0;
+    };
+    for (; j < last; ++sample) {
+      const int64_t end = std::min<int64_t>(last, offsets[sample + 1]);
+      for (; j < end; ++j) {
+        kept[count] = {static_cast<int32_t>(j), static_cast<int32_t>(sample), static_cast<uint32_t>(ids[j])};
+        count += is_below(ids[j], rows);
+        if (count == kTogether) put();
+      }
+    }
+    put();
+  }
+
+  // A few ids are looked at; nothing but speed depends on the answer.
+  bool is_often_absent() const {
+    constexpr int64_t kLooks = 64;
+    int64_t absent = 0;
+    for (int64_t i = 0; i < kLooks && last_ - first_ >= kLooks; ++i) {
+      absent += !is_below(ids_.ids[first_ + i * (last_ - first_) / kLooks], rows_);
+    }
+    return absent >= kLooks / 8;
   }
 
   // The same where ids say themselves whose they are.
@@ -114,11 +164,14 @@ class PresentIds {
     }
   }
 
+  static constexpr int64_t kTogether = 512;
+
   const Ids& ids_;
   const uint64_t rows_;
   int32_t* const sample_of_;
   const int64_t chunks_;
   int64_t first_ = 0, last_;
+  bool often_absent_ = false;
 };
 
 // The bits that the numbers below `count` need.

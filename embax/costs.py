@@ -12,6 +12,7 @@ Time is their sum with the bytes of touched rows, at the two bandwidths of ``Mac
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -104,27 +105,28 @@ def explain(plan: Plan, batch_size: int | None = None, machine: Machine | None =
     return "\n".join(texts)
 
 
-def chosen_placements(features: Any, devices: Devices, machine: Machine | None = None) -> dict[str, str]:
+def chosen_placements(
+    features: Any, devices: Devices, machine: Machine | None = None, stacks: Any = "auto"
+) -> dict[str, str]:
     """Returns the placement of every table for which a step is estimated fastest, within memory.
 
     Candidates are "row", "column" where rows stay a cache line wide and the optimizer steps numbers one by one, and
-    "replicated" while all copies together take no more memory on a device than the rows dealt out do.
+    "replicated" while all copies together take no more memory on a device than the rows dealt out do. Tables that
+    ``stacks`` puts together are placed together; else each for itself.
     """
     machine, found = machine or Machine(), {}
-    for placement in ("row", "column", "replicated"):
-        try:
-            candidate = plan(features, stacks="none", mesh=devices, placement=placement)
-        except ValueError:
-            if placement == "row":
-                raise
-            continue  # a width that the devices do not divide
-        for cost in costs(candidate):
-            found.setdefault(cost.stack.tables[0].name, {})[placement] = cost
+    stacks = stacks if isinstance(stacks, Mapping) else "none"
+    by_rows = plan(features, stacks=stacks, mesh=devices)
+    divided = [s for s in by_rows.stacks if s.embedding_dim % devices.table_shards == 0]
+    columns = {table.name: "column" for stack in divided for table in stack.tables}
+    for placement in ("row", columns, "replicated"):
+        for cost in costs(plan(features, stacks=stacks, mesh=devices, placement=placement)):
+            found.setdefault(cost.stack.name, {})[cost.stack.placement] = cost
     room = sum(by["row"].memory for by in found.values())
     chosen = {}
-    for name, by in sorted(found.items(), key=lambda item: item[1]["row"].memory):
+    for by in sorted(found.values(), key=lambda by: by["row"].memory):
         best, room = _best(by, room, machine)
-        chosen[name] = best
+        chosen.update({table.name: best for table in by["row"].stack.tables})
     return chosen
 
 

@@ -202,7 +202,7 @@ def plan(
     if placement == "auto" and devices is not None:
         from embax.costs import chosen_placements
 
-        placement = chosen_placements(features, devices)
+        placement = chosen_placements(features, devices, stacks=stacks)
     rule = _Rule(checked_placements(placement, [t.name for t in tables], devices), devices)
     groups = {name: rule.lay(name, group) for name, group in _grouped(tables, stacks, rule.kind).items()}
     by_table = {table.name: (name, table) for name, laid in groups.items() for table in laid.tables}

@@ -61,6 +61,22 @@ def test_placements_chosen():
     assert chosen == {"small": "replicated", "large": "row", "wide": "column"}
 
 
+def test_tables_that_are_stacked_are_placed_together():
+    features = [
+        _feature(5, dim=16, name="small"),
+        _feature(1_000_000, dim=16, name="large"),
+        _feature(9, name="odd", dim=3),
+    ]
+    plan = embax.plan(features, mesh=_line(8), placement="auto", stacks={"both": ["small", "large"]})
+    assert {stack.name: stack.placement for stack in plan.stacks} == {"both": "row", "odd": "replicated"}
+
+
+def test_a_table_that_cannot_be_split_keeps_no_other_from_it():
+    features = [_feature(10_000, dim=512, name="wide"), _feature(1_000_000, dim=3, name="odd")]
+    plan = embax.plan(features, mesh=_line(8), placement="auto")
+    assert {stack.name: stack.placement for stack in plan.stacks} == {"wide": "column", "odd": "row"}
+
+
 def test_a_table_that_looks_at_whole_rows_is_not_split():
     wide = table_spec("wide", 1_000_000, 512, embax.RowwiseAdagrad(0.1))
     plan = embax.plan(feature(wide, "x", (SAMPLES,), (SAMPLES, 512)), mesh=_line(8), placement="auto")

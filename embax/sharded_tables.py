@@ -195,7 +195,7 @@ class _Maker:
 
                 def write(maker, values):
                     count = jnp.clip(counts[maker] - done, 0, part)
-                    return _written(values, pieces[maker], starts[maker] + done, count)
+                    return write_rows(values, pieces[maker], starts[maker] + done, count)
 
                 return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
 
@@ -215,7 +215,7 @@ class _Maker:
 
             def write(maker, values):
                 begin = (turn * shards + maker) * self.rows
-                return _written(values, pieces[maker], first + begin, jnp.clip(total - begin, 0, self.rows))
+                return write_rows(values, pieces[maker], first + begin, jnp.clip(total - begin, 0, self.rows))
 
             return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
 
@@ -232,16 +232,19 @@ class _Maker:
         def one(number, values):
             block = self.block(key, number)
             count = jnp.minimum(total - number * self.rows, self.rows)
-            return _written(values, block, start + number * self.rows, count)
+            return write_rows(values, block, start + number * self.rows, count)
 
         return jax.lax.fori_loop(jnp.int32(0), jnp.where(mine, -(-total // self.rows), jnp.int32(0)), one, values)
 
 
-def _written(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
-    """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``."""
+def write_rows(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
+    """Returns ``values`` with its rows from ``first`` on replaced by the first ``count`` rows of ``block``.
+
+    Rows that would lie before the first or behind the last one of ``values`` are left out.
+    """
     window = min(block.shape[0], values.shape[0])
     first = jnp.asarray(first, jnp.int32)  # under x64 the counters of loops are wider
-    start = jnp.minimum(first, values.shape[0] - window)
+    start = jnp.clip(first, 0, values.shape[0] - window)
     source = start - first + jnp.arange(window, dtype=jnp.int32)
     old = jax.lax.dynamic_slice(values, (start, jnp.int32(0)), (window, values.shape[1]))
     mine = ((source >= 0) & (source < count))[:, None]
@@ -249,4 +252,4 @@ def _written(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax
     return jax.lax.dynamic_update_slice(values, new, (start, jnp.int32(0)))
 
 
-written = functools.partial(jax.jit, donate_argnums=0)(_written)
+written = functools.partial(jax.jit, donate_argnums=0)(write_rows)

@@ -40,6 +40,7 @@ FLOORS = (
     ("nnx", 5),
     ("linen", 5),
     ("sparsecore", 5),
+    ("checkpoint", 5),
     ("tasks", 6),
     ("cli", 6),
 )
@@ -82,13 +83,16 @@ def test_imports_go_down():
     assert seen > 40
 
 
+BROUGHT = {"nnx": {"flax"}, "linen": {"flax"}, "checkpoint": {"orbax", "tensorstore"}}
+
+
 def test_core_needs_only_jax_and_numpy():
     allowed = {"jax", "jaxlib", "numpy", "embax"}  # jaxlib comes with jax
     for name, path in _modules():
         if _floor(name) == 6:
             continue
         # A door to a framework is imported by those who have it.
-        brought = {"flax"} if name.split(".")[0] in ("nnx", "linen") else set()
+        brought = BROUGHT.get(name.split(".")[0], set())
         for node in ast.parse(path.read_text()).body:  # inside a function one may use what the caller has brought
             roots = []
             if isinstance(node, ast.Import):

@@ -1,0 +1,5 @@
+"""Checkpoints that load into any plan; needs ``pip install 'embax[checkpoint]'``."""
+
+from embax.checkpoint.checkpoints import Checkpoints as Checkpoints
+from embax.checkpoint.checkpoints import Restored as Restored
+from embax.checkpoint.errors import CheckpointError as CheckpointError

@@ -1,0 +1,68 @@
+"""Arrays on disk: zarr 3 by TensorStore, rows in pieces, each piece one file with a checksum.
+
+A piece is ``rows x width`` numbers in row order, little-endian, and 4 bytes crc32c behind them; the last one is filled
+up.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import tensorstore
+
+from embax.checkpoint.errors import CheckpointError
+
+PIECE_BYTES = 8 << 20
+
+
+def piece_rows(rows: int, width: int, dtype: Any) -> int:
+    """Returns how many rows a piece has: about 8 MiB of them, fewer if there are fewer.
+
+    >>> piece_rows(1_000_000, 64, "float32"), piece_rows(1000, 64, "float32")
+    (32768, 1024)
+    """
+    most = max(1, PIECE_BYTES // (width * jnp.dtype(dtype).itemsize))
+    return min(1 << (most.bit_length() - 1), 1 << (rows - 1).bit_length())
+
+
+def create(folder: Path, shape: tuple[int, int], dtype: Any) -> Any:
+    """Returns a new array on disk; several processes may create the same one."""
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    grid = {"chunk_shape": [piece_rows(*shape, dtype), shape[1]]}
+    metadata = {
+        "shape": list(shape),
+        "data_type": jnp.dtype(dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "codecs": codecs,
+    }
+    # Zeros are written too: a file that is missing is then always a loss.
+    spec = {**_spec(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
+    return tensorstore.open(spec, create=True, open=True).result()
+
+
+def open_array(folder: Path, shape: tuple[int, int], dtype: Any) -> Any:
+    """Returns the array on disk, to be read.
+
+    Raises:
+      CheckpointError: it is not there, damaged, or not of that shape and dtype.
+    """
+    try:
+        array = tensorstore.open(_spec(folder), open=True, read=True).result()
+    except ValueError as error:
+        raise damaged(folder / "zarr.json", error) from error
+    if array.shape != tuple(shape) or array.dtype.name != jnp.dtype(dtype).name:
+        raise CheckpointError(
+            f"{folder / 'zarr.json'}: the array is {array.dtype.name}{list(array.shape)}, and the document of the "
+            f"checkpoint says {jnp.dtype(dtype).name}{list(shape)}: not of one checkpoint; load another step"
+        )
+    return array
+
+
+def damaged(path: Any, error: Any) -> CheckpointError:
+    """Returns the error for a file that cannot be read."""
+    reason = str(error).split("[tensorstore_spec")[0].strip()
+    return CheckpointError(f"{path}: damaged or missing ({reason}); load another step, or restore the file")
+
+
+def _spec(folder: Path) -> dict:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}

@@ -1,0 +1,168 @@
+"""Checkpoints of training: tables with their slots, the dense part, and where the data stood, by one call."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from embax.checkpoint.described import described
+from embax.checkpoint.document import read_document
+from embax.checkpoint.errors import CheckpointError
+from embax.checkpoint.handlers import DENSE, DOCUMENT, TABLES, DocumentArgs, TablesArgs, registry
+from embax.checkpoint.loading import Choice, load
+from embax.planning import Plan
+from embax.table_state import TableState, check_slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What ``Checkpoints.restore`` found.
+
+    Attributes:
+      step: of the checkpoint.
+      tables: ``{stack: TableState}`` of the plan.
+      dense: the dense part, None where there was none or it was not asked for.
+      data: what ``save`` was given, as JSON has it.
+    """
+
+    step: int
+    tables: dict[str, TableState]
+    dense: Any
+    data: Any
+
+
+class Checkpoints:
+    """The checkpoints of a training run, in one folder, a step each.
+
+    On disk tables are ``[vocabulary_size, embedding_dim]`` by their names, whatever devices, stacks and placements they
+    came from, and load into any plan. A step is there when it is whole; a death at any moment leaves the steps before
+    it as they are. Every process of a job calls every method.
+
+    Args:
+      directory: an absolute path, or one relative to the working directory; made if it is not there.
+      keep: how many of the newest steps stay; None for all.
+      keep_every: steps that are multiples of it stay, too.
+      asynchronous: ``save`` copies the tables to the host and returns; files are written while training goes on. False
+        writes before it returns, with the memory of a few pieces.
+
+    >>> import tempfile, jax, embax, embax.checkpoint
+    >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
+    ...     initializer=jax.nn.initializers.ones, optimizer=embax.Adagrad(0.5))
+    >>> plan = embax.plan(embax.FeatureSpec(name="x", table_spec=table, input_shape=(None,), output_shape=(None, 2)))
+    >>> tables = embax.init(plan, jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder, embax.checkpoint.Checkpoints(folder) as checkpoints:
+    ...     checkpoints.save(7, plan, tables, data={"epoch": 1})
+    ...     found = checkpoints.restore(plan)
+    >>> found.step, found.tables["item"].table.shape, found.data
+    (7, (6, 2), {'epoch': 1})
+    """
+
+    def __init__(
+        self, directory: Any, *, keep: int | None = 3, keep_every: int | None = None, asynchronous: bool = True
+    ):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=asynchronous, create=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry())
+
+    def save(
+        self, step: int, plan: Plan, tables: Mapping[str, TableState], *, dense: Any = None, data: Any = None
+    ) -> None:
+        """Saves a step; what is under way of the step before is waited for.
+
+        Args:
+          step: of training; one that is there already is an error.
+          plan: of the tables.
+          tables: ``{stack: TableState}``. They may be donated as soon as this returns.
+          dense: any pytree of arrays: parameters, optimizer state; None for none.
+          data: of JSON: where the input pipeline stands, for one.
+
+        Raises:
+          ValueError: a step that is there, or tables of another plan.
+          TypeError: data that JSON does not have.
+        """
+        check_slots(plan, tables)
+        self.wait()
+        if step in self.steps():
+            raise ValueError(f"save: step {step} is in {self.directory} already; save another step, or delete that one")
+        try:
+            data = json.loads(json.dumps(data))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"save: data is not of JSON ({error}); give numbers, texts, lists and dicts") from None
+        known = described(plan)
+        for table in known.values():
+            for part in table["parts"].values():
+                part["rows"] = table["vocabulary_size"]
+        body = {"step": step, "tables": known, "dense": dense is not None, "data": data}
+        items: dict[str, Any] = {TABLES: TablesArgs(plan, tables), DOCUMENT: DocumentArgs(body)}
+        if dense is not None:
+            items[DENSE] = ocp.args.StandardSave(dense)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, plan: Plan, *, step: int | None = None, dense: Any = None, **choice: Any) -> Restored:
+        """Returns a step, its tables as those of ``plan``.
+
+        Args:
+          plan: whose tables are wanted: on any devices, stacked and placed anyhow, of any dtype.
+          step: None for the newest.
+          dense: a pytree like the one saved, of arrays or ``jax.ShapeDtypeStruct`` with shardings; None for none.
+          choice: as for ``Choice``: key, rename, accept, fresh_slots, serving, shrink.
+
+        Raises:
+          CheckpointError: no such step, a damaged one, or tables that do not fit: all differences are listed.
+        """
+        self.wait()
+        step = self._step(step)
+        folder = self.directory / str(step)
+        body = read_document(folder / DOCUMENT, folder)
+        tables = load(folder / TABLES, body["tables"], plan, Choice(**choice))
+        return Restored(step, tables, self._dense(folder, body, dense), body["data"])
+
+    def steps(self) -> list[int]:
+        """Returns the steps that are whole, from the oldest to the newest."""
+        if not self._manager.is_saving_in_progress():
+            self._manager.reload()  # another process may have written, too
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Waits until what is being saved is on disk; what went wrong there is raised here."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self.close()
+
+    def _step(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.directory}: there is no checkpoint; save one, or name another folder")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory}: there is no step {step}; there are {steps}")
+        return steps[-1] if step is None else step
+
+    def _dense(self, folder: Path, body: dict, wanted: Any) -> Any:
+        if wanted is None:
+            return None
+        if not body["dense"]:
+            raise CheckpointError(f"{folder}: the checkpoint has no dense part; restore without dense=")
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(folder / DENSE, args=ocp.args.StandardRestore(target))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / DENSE}: the dense part is not like the one asked for: {error}; pass dense= of the same "
+                "structure and shapes as was saved"
+            ) from error

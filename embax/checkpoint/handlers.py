@@ -1,0 +1,95 @@
+"""What Orbax calls to write the tables and, last of all, the document; Orbax does the rest.
+
+Orbax makes a step's folder, waits for all processes, calls ``finalize`` in the order in which the items are registered,
+and marks the folder as whole: until then it is no step.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+from embax.checkpoint import tables
+from embax.checkpoint.document import write_document
+from embax.planning import Plan
+from embax.table_state import TableState
+
+TABLES, DENSE, DOCUMENT = "tables", "dense", "embax"
+
+
+class TablesHandler(ocp.AsyncCheckpointHandler):
+    """Writes tables in pieces: as they come, or from a copy on the host while training goes on."""
+
+    def save(self, directory: Any, args: "TablesArgs") -> None:
+        """Writes the tables before it returns; the memory of a few pieces is needed."""
+        tables.write(Path(directory), tables.turns(args.plan, args.tables))
+
+    async def async_save(self, directory: Any, args: "TablesArgs") -> list:
+        """Copies the rows to the host, and returns what writes them."""
+        kept = list(tables.turns(args.plan, args.tables))
+
+        async def write():
+            tables.write(Path(directory), kept)
+            kept.clear()
+
+        return [CommitFutureAwaitingContractedSignals(write(), name="embax_tables")]
+
+    def restore(self, directory: Any, args: Any = None) -> Any:
+        """Raises: ``Checkpoints.restore`` reads tables."""
+        raise NotImplementedError("tables are read by embax.checkpoint.Checkpoints.restore")
+
+
+class DocumentHandler(ocp.AsyncCheckpointHandler):
+    """Writes the document, when every other file of the step is there."""
+
+    def __init__(self):
+        self._body: dict | None = None
+
+    def save(self, directory: Any, args: "DocumentArgs") -> None:
+        """Remembers the document."""
+        del directory
+        self._body = args.body
+
+    async def async_save(self, directory: Any, args: "DocumentArgs") -> list:
+        """Remembers the document."""
+        self.save(directory, args)
+        return []
+
+    def finalize(self, directory: Any) -> None:
+        """Writes it, with the size and checksum of every file beside it."""
+        folder = Path(directory)
+        assert self._body is not None
+        write_document(folder, self._body, folder.parent)
+
+    def restore(self, directory: Any, args: Any = None) -> Any:
+        """Raises: ``Checkpoints.restore`` reads the document."""
+        raise NotImplementedError("the document is read by embax.checkpoint.Checkpoints.restore")
+
+
+@ocp.args.register_with_handler(TablesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class TablesArgs(ocp.args.CheckpointArgs):
+    """What ``TablesHandler`` writes."""
+
+    plan: Plan
+    tables: Mapping[str, TableState]
+
+
+@ocp.args.register_with_handler(DocumentHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class DocumentArgs(ocp.args.CheckpointArgs):
+    """What ``DocumentHandler`` writes."""
+
+    body: dict
+
+
+def registry() -> Any:
+    """Returns the items of a checkpoint in the order in which they are finished: the document last."""
+    made = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    made.add(TABLES, TablesArgs, TablesHandler())
+    made.add(DENSE, ocp.args.StandardSave, ocp.StandardCheckpointHandler())
+    made.add(DOCUMENT, DocumentArgs, DocumentHandler())
+    return made

@@ -45,6 +45,7 @@ ONCE = (
     ("test_transforms.py", ("-prefetched]", "-plain]", "-eager]")),
     ("test_battery.py", ("[reference-sgd-", "[reference-rowwise_adagrad-", "[reference-adam_modified-", "-float16")),
     ("test_laws.py", ("test_same_inputs_same_bits[reference",)),
+    ("test_checkpoint_models.py", ("where2", "where1", "another_model")),
     ("test_checkpoint.py", ("test_other_devices", "test_damage", "[bfloat16", "[float32-float16")),
     ("test_docs.py", ("[flax.md]", "[specification.md]")),
     ("test_export.py", ("[",)),

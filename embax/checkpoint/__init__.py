@@ -3,3 +3,4 @@
 from embax.checkpoint.checkpoints import Checkpoints as Checkpoints
 from embax.checkpoint.checkpoints import Restored as Restored
 from embax.checkpoint.errors import CheckpointError as CheckpointError
+from embax.checkpoint.loading import Choice as Choice

@@ -13,7 +13,9 @@ from embax.checkpoint.described import described
 from embax.checkpoint.document import read_document
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.handlers import DENSE, DOCUMENT, TABLES, DocumentArgs, TablesArgs, registry
-from embax.checkpoint.loading import Choice, load
+from embax.checkpoint.held import Held, held_by, states_of
+from embax.checkpoint.loading import Choice, Wanted, check_fits, load
+from embax.checkpoint.trees import check_names, placed_as, shapes_of
 from embax.planning import Plan
 from embax.table_state import TableState, check_slots
 
@@ -30,7 +32,7 @@ class Restored:
     """
 
     step: int
-    tables: dict[str, TableState]
+    tables: Any
     dense: Any
     data: Any
 
@@ -87,6 +89,10 @@ class Checkpoints:
           TypeError: data that JSON does not have.
         """
         check_slots(plan, tables)
+        self.save_held(step, states_of(held_by(plan), tables), dense, data)
+
+    def save_held(self, step: int, tables: list[tuple[Held, TableState]], dense: Any, data: Any) -> None:
+        """Saves a step of tables wherever they are held; see ``save``."""
         self.wait()
         if step in self.steps():
             raise ValueError(f"save: step {step} is in {self.directory} already; save another step, or delete that one")
@@ -94,12 +100,9 @@ class Checkpoints:
             data = json.loads(json.dumps(data))
         except (TypeError, ValueError) as error:
             raise TypeError(f"save: data is not of JSON ({error}); give numbers, texts, lists and dicts") from None
-        known = described(plan)
-        for table in known.values():
-            for part in table["parts"].values():
-                part["rows"] = table["vocabulary_size"]
-        body = {"step": step, "tables": known, "dense": dense is not None, "data": data}
-        items: dict[str, Any] = {TABLES: TablesArgs(plan, tables), DOCUMENT: DocumentArgs(body)}
+        known = described(held for held, _ in tables)
+        body = {"step": step, "tables": known, "dense": None if dense is None else shapes_of(dense), "data": data}
+        items: dict[str, Any] = {TABLES: TablesArgs(tables), DOCUMENT: DocumentArgs(body)}
         if dense is not None:
             items[DENSE] = ocp.args.StandardSave(dense)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -116,12 +119,23 @@ class Checkpoints:
         Raises:
           CheckpointError: no such step, a damaged one, or tables that do not fit: all differences are listed.
         """
+        found = self.restore_held(step, [(held, None) for held in held_by(plan)], dense, Choice(**choice))
+        names = [stack.name for stack in plan.stacks]
+        return dataclasses.replace(found, tables=dict(zip(names, found.tables, strict=True)))
+
+    def restore_held(self, step: int | None, wanted: Wanted, dense: Any, choice: Choice) -> Restored:
+        """Returns a step, its tables in the order in which they are wanted; see ``restore``.
+
+        A state that is given has the new rows of a vocabulary that has grown.
+        """
         self.wait()
         step = self._step(step)
         folder = self.directory / str(step)
         body = read_document(folder / DOCUMENT, folder)
-        tables = load(folder / TABLES, body["tables"], plan, Choice(**choice))
-        return Restored(step, tables, self._dense(folder, body, dense), body["data"])
+        check_fits(folder, body["tables"], wanted, choice)
+        found = self._dense(folder, body, dense, choice.serving)
+        tables = [load(folder / TABLES, body["tables"], held, state, choice) for held, state in wanted]
+        return Restored(step, tables, found, body["data"])
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, from the oldest to the newest."""
@@ -152,17 +166,14 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: there is no step {step}; there are {steps}")
         return steps[-1] if step is None else step
 
-    def _dense(self, folder: Path, body: dict, wanted: Any) -> Any:
+    def _dense(self, folder: Path, body: dict, wanted: Any, partial: bool) -> Any:
         if wanted is None:
             return None
-        if not body["dense"]:
+        if body["dense"] is None:
             raise CheckpointError(f"{folder}: the checkpoint has no dense part; restore without dense=")
+        check_names(folder / DENSE, body["dense"], wanted, partial)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-        try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(folder / DENSE, args=ocp.args.StandardRestore(target))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder / DENSE}: the dense part is not like the one asked for: {error}; pass dense= of the same "
-                "structure and shapes as was saved"
-            ) from error
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+            return jax.tree.map(placed_as, checkpointer.restore(folder / DENSE, args=args), wanted)

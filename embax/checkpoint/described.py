@@ -4,25 +4,28 @@ Callables are not data. Of a schedule or an initializer there is the name; whoev
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
+from embax.checkpoint.held import Held
 from embax.optimizers.base import Optimizer, slot_names
-from embax.planning import Plan, StackPlan, TablePlan
+from embax.planning import StackPlan, TablePlan
 
 
-def described(plan: Plan) -> dict[str, dict]:
-    """Returns what there is to say of every table, by name, in words of JSON."""
-    return {table.name: _table(stack, table) for stack in plan.stacks for table in stack.tables}
+def described(held: Iterable[Held]) -> dict[str, dict]:
+    """Returns what there is to say of every table, by its name on disk, in words of JSON."""
+    return {one.name(table): _table(one.stack, table) for one in held for table in one.stack.tables}
 
 
 def _table(stack: StackPlan, table: TablePlan) -> dict:
     shape, slots = (table.vocabulary_size, stack.embedding_dim), stack.optimizer.slots()
     named = zip(slot_names(stack.optimizer), slots, strict=True)
-    parts = {"table": {"dtype": stack.dtype, "width": shape[1]}}
-    parts.update({n: {"dtype": jnp.dtype(slot.dtype).name, "width": slot.shape(shape)[1]} for n, slot in named})
+    parts = {"table": {"dtype": stack.dtype, "rows": shape[0], "width": shape[1]}}
+    parts.update(
+        {n: {"dtype": jnp.dtype(s.dtype).name, "rows": shape[0], "width": s.shape(shape)[1]} for n, s in named}
+    )
     return {
         "vocabulary_size": shape[0],
         "embedding_dim": shape[1],

@@ -5,7 +5,6 @@ and marks the folder as whole: until then it is no step.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from embax.checkpoint import tables
 from embax.checkpoint.document import write_document
-from embax.planning import Plan
+from embax.checkpoint.held import Held
 from embax.table_state import TableState
 
 TABLES, DENSE, DOCUMENT = "tables", "dense", "embax"
@@ -25,11 +24,11 @@ class TablesHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: Any, args: "TablesArgs") -> None:
         """Writes the tables before it returns; the memory of a few pieces is needed."""
-        tables.write(Path(directory), tables.turns(args.plan, args.tables))
+        tables.write(Path(directory), tables.turns(args.tables))
 
     async def async_save(self, directory: Any, args: "TablesArgs") -> list:
         """Copies the rows to the host, and returns what writes them."""
-        kept = list(tables.turns(args.plan, args.tables))
+        kept = list(tables.turns(args.tables))
 
         async def write():
             tables.write(Path(directory), kept)
@@ -74,8 +73,7 @@ class DocumentHandler(ocp.AsyncCheckpointHandler):
 class TablesArgs(ocp.args.CheckpointArgs):
     """What ``TablesHandler`` writes."""
 
-    plan: Plan
-    tables: Mapping[str, TableState]
+    tables: list[tuple[Held, TableState]]
 
 
 @ocp.args.register_with_handler(DocumentHandler, for_save=True, for_restore=True)

@@ -1,7 +1,7 @@
 """Tables of a checkpoint as those of a plan: whatever devices, stacks, dtypes and vocabularies either has."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from embax import sharded_tables
 from embax.checkpoint import tables
 from embax.checkpoint.described import described, differences
 from embax.checkpoint.errors import CheckpointError
-from embax.optimizers.base import map_slots, slot_names
-from embax.planning import Plan, StackPlan
-from embax.table_state import TableState, init_stack_rows
+from embax.checkpoint.held import Held
+from embax.sharded_tables import fresh_slots
+from embax.table_state import TableState, init_slots, init_stack_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,35 +44,31 @@ class Choice:
         return not (self.fresh_slots or self.serving)
 
 
-def load(folder: Path, stored: Mapping[str, dict], plan: Plan, choice: Choice) -> dict[str, TableState]:
-    """Returns the tables of ``plan`` with the rows of a checkpoint.
+Wanted = Sequence[tuple[Held, TableState | None]]
+
+
+def check_fits(folder: Path, stored: Mapping[str, dict], wanted: Wanted, choice: Choice) -> None:
+    """Raises CheckpointError for tables that are not in a checkpoint or do not fit: all of them are listed.
 
     Args:
-      folder: of its tables.
-      stored: what its document says of them, by name.
-      plan: whose tables are wanted; others are not read.
+      folder: of the step.
+      stored: what its document says of its tables, by name.
+      wanted: stacks, and the states whose rows stay where the checkpoint has none.
       choice: what may differ.
-
-    Raises:
-      CheckpointError: tables that are not there or do not fit, all of them listed; damaged files.
     """
-    _check_fits(folder, stored, plan, choice)
-    return {stack.name: _stack(folder, stored, plan, stack, choice) for stack in plan.stacks}
-
-
-def _check_fits(folder: Path, stored: Mapping[str, dict], plan: Plan, choice: Choice) -> None:
-    found, wanted = [], described(plan)
-    unknown = [name for name in choice.rename if name not in wanted]
+    found, tables = [], described(held for held, _ in wanted)
+    given = {held.name(table) for held, state in wanted if state is not None for table in held.stack.tables}
+    unknown = [name for name in choice.rename if name not in tables]
     if unknown:
-        raise CheckpointError(f"restore: rename names table {unknown[0]!r}, and the plan has {sorted(wanted)}")
-    for name, table in wanted.items():
+        raise CheckpointError(f"restore: rename names table {unknown[0]!r}, and the tables wanted are {sorted(tables)}")
+    for name, table in tables.items():
         source = choice.rename.get(name, name)
         if source not in stored:
             found.append(f'"{name}": the checkpoint has no table "{source}"; it has {", ".join(sorted(stored))}')
             continue
         accept = {*choice.accept, *(() if choice.keeps_slots else ("optimizer",))}
         found += [f'"{name}": {line}' for line in differences(stored[source], table, accept)]
-        found += [f'"{name}": {line}' for line in _sizes(stored[source], table, choice)]
+        found += [f'"{name}": {line}' for line in _sizes(stored[source], table, choice, name in given)]
     if found:
         lines = "\n  ".join(found)
         raise CheckpointError(
@@ -81,11 +77,39 @@ def _check_fits(folder: Path, stored: Mapping[str, dict], plan: Plan, choice: Ch
         )
 
 
-def _sizes(stored: dict, wanted: dict, choice: Choice) -> list[str]:
+def load(folder: Path, stored: Mapping[str, dict], held: Held, state: TableState | None, choice: Choice) -> TableState:
+    """Returns the state of a stack with the rows of a checkpoint.
+
+    Args:
+      folder: of its tables.
+      stored: what its document says of them, by name; ``check_fits`` has found that they fit.
+      held: the stack.
+      state: whose rows a vocabulary that has grown keeps where the checkpoint has none; None for fresh ones.
+      choice: what may differ.
+
+    Raises:
+      CheckpointError: damaged files.
+    """
+    stack = held.stack
+    sources = {table.name: choice.rename.get(held.name(table), held.name(table)) for table in stack.tables}
+    grown = any(table.vocabulary_size > stored[sources[table.name]]["vocabulary_size"] for table in stack.tables)
+    begin = _blank(held, choice) if state is None or not grown else jax.tree.map(jnp.copy, state)
+    made = held.parts(begin)
+    for name in list(made) if choice.keeps_slots else ["table"]:
+        part = held.part(name)
+        for table in stack.tables:
+            source = sources[table.name]
+            place = tables.folder_of(folder, source, name)
+            made[name] = tables.read(place, stored[source]["parts"][name], part, table, made[name])
+    rows, slots = made.pop("table"), begin.slots
+    return TableState(rows, slots._make(made.values()) if hasattr(slots, "_make") else tuple(made.values()))
+
+
+def _sizes(stored: dict, wanted: dict, choice: Choice, given: bool) -> list[str]:
     old, new, found = stored["vocabulary_size"], wanted["vocabulary_size"], []
     if new < old and not choice.shrink:
         found.append(f"vocabulary_size was {old} and is {new}: rows would be lost; pass shrink=True to lose them")
-    if new > old and choice.key is None:
+    if new > old and choice.key is None and not given:
         found.append(f"vocabulary_size was {old} and is {new}: pass key=, as for embax.init, for the new rows")
     if choice.keeps_slots and set(stored["parts"]) != set(wanted["parts"]):
         old_slots, new_slots = (sorted(set(parts) - {"table"}) for parts in (stored["parts"], wanted["parts"]))
@@ -93,34 +117,14 @@ def _sizes(stored: dict, wanted: dict, choice: Choice) -> list[str]:
     return found
 
 
-def _stack(folder: Path, stored: Mapping[str, dict], plan: Plan, stack: StackPlan, choice: Choice) -> TableState:
-    sources = [choice.rename.get(table.name, table.name) for table in stack.tables]
-    grown = any(
-        table.vocabulary_size > stored[s]["vocabulary_size"] for s, table in zip(sources, stack.tables, strict=True)
-    )
-    named = {"table": _blank(plan, stack, choice.key if grown else None)}
-    slots: Any = () if choice.serving else _fresh_slots(plan, stack)
-    if not choice.serving:
-        named.update(zip(slot_names(stack.optimizer), slots, strict=True))
-    for name in list(named) if choice.keeps_slots else ["table"]:
-        part = tables.part_of(plan, stack, name)
-        for source, table in zip(sources, stack.tables, strict=True):
-            place = tables.folder_of(folder, source, name)
-            named[name] = tables.read(place, stored[source]["parts"][name], part, table, named[name])
-    rows = named.pop("table")
-    return TableState(rows, slots._make(named.values()) if hasattr(slots, "_make") else tuple(named.values()))
-
-
-def _blank(plan: Plan, stack: StackPlan, key: Any) -> jax.Array:
-    if key is not None:
-        return init_stack_rows(stack, key, plan.devices)
-    if plan.devices is not None:
-        return sharded_tables.empty_rows(stack, plan.devices)
-    return jnp.zeros((stack.rows, stack.embedding_dim), stack.dtype)
-
-
-def _fresh_slots(plan: Plan, stack: StackPlan) -> Any:
-    if plan.devices is not None:
-        return sharded_tables.fresh_slots(stack, plan.devices)
-    shape = (stack.rows, stack.embedding_dim)
-    return map_slots(lambda slot: slot.full(shape), stack.optimizer.slots())
+def _blank(held: Held, choice: Choice) -> TableState:
+    stack, devices = held.stack, held.devices
+    if choice.key is not None and all(table.initializer is not None for table in stack.tables):
+        rows = init_stack_rows(stack, choice.key, devices)
+    elif devices is not None:
+        rows = sharded_tables.empty_rows(stack, devices)
+    else:
+        rows = jnp.zeros((stack.rows, stack.embedding_dim), stack.dtype)
+    if choice.serving:
+        return TableState(rows, ())
+    return init_slots(stack.optimizer, rows) if devices is None else TableState(rows, fresh_slots(stack, devices))

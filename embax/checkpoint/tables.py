@@ -5,20 +5,18 @@ padded or in the order of devices.
 """
 
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from embax import sharded_tables
 from embax.checkpoint import arrays
+from embax.checkpoint.held import Held
 from embax.exchange.pieces import Part, collect, deal
-from embax.optimizers.base import slot_names
-from embax.planning import Plan, StackPlan, TablePlan
+from embax.planning import TablePlan
 from embax.table_state import TableState
 
 IN_FLIGHT = 2  # turns of pieces on their way to or from the disk
@@ -39,18 +37,16 @@ def folder_of(root: Path, table: str, part: str) -> Path:
     return root / urllib.parse.quote(table, safe="") / urllib.parse.quote(part, safe="")
 
 
-def turns(plan: Plan, tables: Mapping[str, TableState]) -> Iterator[list[Piece]]:
+def turns(tables: Iterable[tuple[Held, TableState]]) -> Iterator[list[Piece]]:
     """Yields all rows of all tables as pieces, those of this process's devices; every process takes the same turns."""
-    for stack in plan.stacks:
-        state = tables[stack.name]
-        named = {"table": state.table, **dict(zip(slot_names(stack.optimizer), state.slots, strict=True))}
-        for name, array in named.items():
-            part = part_of(plan, stack, name)
-            for table in stack.tables:
-                yield from _turns_of(part, table, name, array)
+    for held, state in tables:
+        for name, array in held.parts(state).items():
+            for table in held.stack.tables:
+                yield from _turns_of(held, table, name, array)
 
 
-def _turns_of(part: Part, table: TablePlan, name: str, array: jax.Array) -> Iterator[list[Piece]]:
+def _turns_of(held: Held, table: TablePlan, name: str, array: jax.Array) -> Iterator[list[Piece]]:
+    part = held.part(name)
     shape = (table.vocabulary_size, array.shape[1])
     size = arrays.piece_rows(*shape, array.dtype)
     for start in range(0, shape[0], part.pieces * size):
@@ -59,7 +55,7 @@ def _turns_of(part: Part, table: TablePlan, name: str, array: jax.Array) -> Iter
             first = start + (shard.index[0].start or 0)
             count = min(size, shape[0] - first)
             if shard.replica_id == 0 and count > 0:
-                pieces.append(Piece(table.name, name, shape, first, np.asarray(shard.data)[:count]))
+                pieces.append(Piece(held.name(table), name, shape, first, np.asarray(shard.data)[:count]))
         yield pieces
 
 
@@ -148,9 +144,3 @@ def _arrived(part: Part, asked: dict[int, Any], shape: tuple[int, int], dtype: A
         return rows[(index[0].start or 0) // size]
 
     return jax.make_array_from_callback(whole, sharding, piece)
-
-
-def part_of(plan: Plan, stack: StackPlan, name: str) -> Part:
-    """Returns the part "table", or a slot by its name."""
-    spec = P() if plan.devices is None else sharded_tables.part_specs(stack, plan.devices)[name]
-    return Part(stack, plan.devices, spec)

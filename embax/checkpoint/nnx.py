@@ -1,0 +1,105 @@
+"""Checkpoints of NNX models and their ``embax.nnx.Optimizer``."""
+
+from typing import Any
+
+from flax import nnx
+
+from embax.checkpoint.checkpoints import Checkpoints, Restored
+from embax.checkpoint.held import Held, held_by
+from embax.checkpoint.loading import Choice
+from embax.checkpoint.trees import named_leaves, own_table, with_leaves
+from embax.nnx.feature_embed import FeatureEmbed
+from embax.nnx.gradients import table_name
+from embax.nnx.variables import Slots, Table, table_leaf
+from embax.table_state import TableState
+
+
+def save(checkpoints: Checkpoints, step: int, model: Any, optimizer: Any = None, *, data: Any = None) -> None:
+    """Saves a model with its tables, its optimizer and the slot variables in it.
+
+    Args:
+      checkpoints: where to.
+      step: of training.
+      model: any NNX module; may be donated as soon as this returns.
+      optimizer: an ``embax.nnx.Optimizer`` of it; None for none.
+      data: of JSON, as for ``Checkpoints.save``.
+
+    Raises:
+      ValueError: a step that is there.
+
+    >>> import tempfile, optax, embax, embax.checkpoint, embax.nnx
+    >>> import embax.checkpoint.nnx
+    >>> from flax import nnx
+    >>> model = embax.nnx.Embed(6, 2, optimizer=embax.Adagrad(0.1), rngs=nnx.Rngs(0))
+    >>> optimizer = embax.nnx.Optimizer(model, optax.sgd(0.1))
+    >>> with tempfile.TemporaryDirectory() as folder, embax.checkpoint.Checkpoints(folder) as checkpoints:
+    ...     embax.checkpoint.nnx.save(checkpoints, 7, model, optimizer)
+    ...     found = embax.checkpoint.nnx.restore(checkpoints, model, optimizer)
+    >>> found.step
+    7
+    """
+    tables = [(held, _state(variable, name, optimizer)) for held, variable, name in _tables(model)]
+    checkpoints.save_held(step, tables, named_leaves(_dense(model, optimizer)), data)
+
+
+def restore(
+    checkpoints: Checkpoints, model: Any, optimizer: Any = None, *, step: int | None = None, **choice: Any
+) -> Restored:
+    """Puts a step into a model and its optimizer, in place, and returns what else was in it.
+
+    Until all of it is read, model and optimizer stay as they are.
+
+    Args:
+      checkpoints: where from.
+      model: built as the saved one, on any devices; rows of a vocabulary that has grown stay as they are.
+      optimizer: an ``embax.nnx.Optimizer`` of it; None for none: no slot variables are read then.
+      step: None for the newest.
+      choice: as for ``Checkpoints.restore``.
+
+    Raises:
+      CheckpointError: no such step, a damaged one, or one that does not fit.
+    """
+    if optimizer is None:
+        choice["serving"] = True
+    tables = list(_tables(model))
+    wanted = [(held, _state(variable, name, optimizer)) for held, variable, name in tables]
+    dense = _dense(model, optimizer)
+    found = checkpoints.restore_held(step, wanted, named_leaves(dense), Choice(**choice))
+    for (_, variable, name), state in zip(tables, found.tables, strict=True):
+        variable.set_value(state.table.reshape(variable.get_value().shape))
+        if optimizer is not None:
+            optimizer.slots[name].set_value(state.slots)
+    restored = with_leaves(dense, found.dense)
+    nnx.update(model, restored["model"])
+    if optimizer is not None:
+        nnx.update(optimizer, restored["optimizer"])
+    return Restored(found.step, None, None, found.data)
+
+
+def _dense(model: Any, optimizer: Any) -> dict[str, Any]:
+    parts = {"model": nnx.state(model, nnx.Not(Table))}
+    return parts if optimizer is None else {**parts, "optimizer": nnx.state(optimizer, nnx.Not(Slots))}
+
+
+def _tables(model: Any) -> list[tuple[Held, Table, str]]:
+    """Returns the stacks of tables in a model: how they are held, their variable, and its name to the optimizer."""
+    found, planned = [], set()
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, FeatureEmbed):
+            prefix = "".join(f"{part}/" for part in path)
+            for held in held_by(module.plan):
+                variable = module.tables[held.stack.name]
+                planned.add(id(variable))
+                name = table_name((*path, "tables", held.stack.name), variable)
+                found.append((held._replace(prefix=prefix), variable, name))
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, Table) and id(variable) not in planned:
+            name = table_name(path, variable)
+            found.append((own_table(name, table_leaf(variable, name)), variable, name))
+    return sorted(found, key=lambda item: item[2])
+
+
+def _state(variable: Table, name: str, optimizer: Any) -> TableState:
+    value = variable.get_value()
+    slots = () if optimizer is None else optimizer.slots[name].get_value()
+    return TableState(value.reshape(-1, value.shape[-1]) if value.ndim > 2 else value, slots)

@@ -1,0 +1,102 @@
+"""The dense part of a model as arrays by name, and tables that have no plan."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from embax.checkpoint.errors import CheckpointError
+from embax.checkpoint.held import Held
+from embax.gradients.table import Table
+from embax.planning import StackPlan, TablePlan
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a pytree by their paths.
+
+    >>> sorted(named_leaves({"layer": {"kernel": 1.0, "bias": None}, "steps": (3,)}))
+    ['layer/kernel', 'steps/0']
+    """
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {_name(path): leaf if isinstance(leaf, jax.Array) else _array(leaf) for path, leaf in leaves}
+
+
+def with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
+    """Returns a pytree like ``tree`` with the leaves of these names.
+
+    Raises:
+      CheckpointError: the names are not those of the tree.
+    """
+    paths, structure = jax.tree.flatten_with_path(tree)
+    return jax.tree.unflatten(structure, [leaves[_name(path)] for path, _ in paths])
+
+
+def check_names(folder: Any, stored: dict[str, list], wanted: Any, partial: bool) -> None:
+    """Raises CheckpointError unless the dense part of a checkpoint has the arrays that are wanted, and no others.
+
+    Args:
+      folder: of the dense part.
+      stored: ``shapes`` of it.
+      wanted: a pytree of arrays.
+      partial: whether it may have others.
+    """
+    shapes = shapes_of(wanted)
+    found = [f"{name} is not in it" for name in shapes if name not in stored]
+    found += [f"{name} is not asked for" for name in stored if name not in shapes and not partial]
+    both = [name for name in shapes if name in stored]
+    found += [f"{name} was {stored[name]} and is {shapes[name]}" for name in both if stored[name] != shapes[name]]
+    if found:
+        lines = "\n  ".join(found[:10] + (["..."] if len(found) > 10 else []))
+        raise CheckpointError(
+            f"{folder}: the dense part is not like the one asked for:\n  {lines}\npass arrays of the structure and the "
+            "shapes that were saved: build the model and its optimizer as they were"
+        )
+
+
+def shapes_of(tree: Any) -> dict[str, list]:
+    """Returns the shapes of a pytree's arrays by their paths."""
+    return {name: list(leaf.shape) for name, leaf in named_leaves(tree).items()}
+
+
+def placed_as(array: Any, wanted: Any) -> Any:
+    """Returns a loaded array, bound to devices only where ``wanted`` is: free ones go with tables on any mesh."""
+    if not isinstance(array, jax.Array) or getattr(wanted, "committed", getattr(wanted, "sharding", None) is not None):
+        return array
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = jnp.asarray(np.asarray(jax.random.key_data(array)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    return jnp.asarray(np.asarray(array))
+
+
+def own_table(name: str, table: Table) -> Held:
+    """Returns a table that no plan knows, ``[vocabulary_size, embedding_dim]``; layers are one after another."""
+    if table.home is not None:
+        stack = table.home.stack
+        renamed = tuple(dataclasses.replace(one, name=name) for one in stack.tables)
+        return Held(dataclasses.replace(stack, tables=renamed), table.home.devices)
+    rows, dtype = math.prod(table.shape[:-1]), np.dtype(table.dtype).name
+    return Held(
+        StackPlan(
+            name=name,
+            tables=(TablePlan(name, rows, 0, None, "sum"),),
+            features=(),
+            rows=rows,
+            embedding_dim=table.shape[-1],
+            dtype=dtype,
+            activation_dtype=dtype,
+            optimizer=table.optimizer,
+            quantization=None,
+        ),
+        None,
+    )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "shape") else np.asarray(leaf)

@@ -119,8 +119,9 @@ def chosen_placements(
     by_rows = plan(features, stacks=stacks, mesh=devices)
     divided = [s for s in by_rows.stacks if s.embedding_dim % devices.table_shards == 0]
     columns = {table.name: "column" for stack in divided for table in stack.tables}
-    for placement in ("row", columns, "replicated"):
-        for cost in costs(plan(features, stacks=stacks, mesh=devices, placement=placement)):
+    others = [plan(features, stacks=stacks, mesh=devices, placement=placement) for placement in (columns, "replicated")]
+    for candidate in (by_rows, *others):
+        for cost in costs(candidate):
             found.setdefault(cost.stack.name, {})[cost.stack.placement] = cost
     room = sum(by["row"].memory for by in found.values())
     chosen = {}

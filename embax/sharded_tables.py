@@ -71,11 +71,22 @@ def _step_by_step(function: Any, key: jax.Array) -> jax.Array:
     env[closed.jaxpr.invars[0]] = key
     for eqn in closed.jaxpr.eqns:
         values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        outs = jax.lax.optimization_barrier(list(outs) if eqn.primitive.multiple_results else [outs])
+        outs = _apart(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     (out,) = closed.jaxpr.outvars
     return out.val if isinstance(out, Literal) else env[out]
+
+
+def _apart(eqn: Any, values: list) -> list:
+    """Returns the outputs of an operation as it makes them alone."""
+    parameters = eqn.primitive.get_bind_params(eqn.params)
+    if not any(isinstance(value, Tracer) for value in values):
+        # Of constants XLA would make another constant, in other steps: a root in half precision, for one.
+        with jax.ensure_compile_time_eval():
+            outs = eqn.primitive.bind(*values, **parameters)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+    outs = eqn.primitive.bind(*values, **parameters)
+    return jax.lax.optimization_barrier(list(outs) if eqn.primitive.multiple_results else [outs])
 
 
 def empty_rows(stack: StackPlan, devices: Devices) -> jax.Array:

@@ -1,5 +1,7 @@
 """Tables of their own on a mesh: Embed, Table.on_mesh and take give what they give on one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,18 +170,92 @@ def test_inside_of_a_shard_map(placement):
     np.testing.assert_array_equal(np.asarray(run(word, ids)), values[ids])
 
 
-def test_a_donated_step_copies_no_table():
-    rows, devices = 16_384, line_of(4)
-    layer = embax.nnx.Embed(rows, DIM, optimizer=embax.Adagrad(0.3), rngs=nnx.Rngs(0), mesh=devices)
-    optimizer = embax.nnx.Optimizer(layer, optax.sgd(0.1))
+@pytest.mark.parametrize("placement", ["block", "column"])
+def test_a_donated_step_copies_no_table(placement):
+    rows, where = 16_384, {"mesh": line_of(4), "placement": placement}
+    layer = embax.nnx.Embed(rows, DIM, optimizer=embax.Adagrad(0.3), rngs=nnx.Rngs(0), **where)
+    optimizer = embax.nnx.Optimizer(layer, optax.sgd(0.1), max_norm=1.0)
     ids = np.random.default_rng(0).integers(0, rows, (64, 4)).astype(np.int32)
 
     def step(layer, optimizer, ids):
         _, gradients = embax.nnx.value_and_grad(lambda layer: _loss(layer(ids)))(layer)
         optimizer.update(layer, gradients)
-        return layer, optimizer
 
-    embax.check_step(step, layer, optimizer, ids)
+    report = embax.check_step(nnx.jit(step, donate_argnums=(0, 1)), layer, optimizer, ids)
+    assert report.ok, str(report)
+    assert not embax.check_step(nnx.jit(step), layer, optimizer, ids).ok
+
+
+@pytest.mark.parametrize("placement", ["block", "column", "replicated"])
+def test_a_jit_that_only_closes_over_the_table(placement):
+    """An evaluation step: the table may be a constant of it, an array of the host, or only its shape."""
+    values = np.random.default_rng(1).normal(size=(ROWS, DIM)).astype(np.float32)
+    word = embax.Table(values, embax.SGD(0.1)).on_mesh(line_of(4), placement)
+    for ids in (np.arange(8), np.int32(3), np.arange(3)):
+        np.testing.assert_array_equal(jax.jit(lambda ids: word[ids])(ids), values[ids])
+        host = word.with_value(np.asarray(word.value))
+        np.testing.assert_array_equal(jax.jit(lambda table, ids: table[ids])(host, ids), values[ids])
+        shape = word.with_value(jax.ShapeDtypeStruct(word.shape, word.dtype))
+        assert jax.jit(lambda table, ids: table[ids]).lower(shape, ids).compile() is not None
+
+
+@pytest.mark.parametrize("placement", ["block", "replicated"])
+def test_values_of_another_mesh_are_refused(placement):
+    table = embax.Table(np.ones((1003, 2), np.float32), embax.SGD(0.1), "word")
+    four = table.on_mesh(line_of(4), placement)
+    for rows in (1008, 900, 1003 if placement == "block" else 1004):
+        with pytest.raises(ValueError, match=rf'table "word": the value has shape \[{rows}, 2\], and on Home\('):
+            four.with_value(np.ones((rows, 2), np.float32))[np.arange(3)]
+    back = table.on_mesh(line_of(8), placement).off_mesh()
+    assert back.home is None and back.shape == (1003, 2)
+    with pytest.raises(
+        ValueError, match='table "word" .*: off_mesh takes a table that on_mesh or an Embed has put on a'
+    ):
+        back.off_mesh()
+
+
+def test_another_optimizer():
+    table = embax.Table(np.ones((8, 2), np.float32), embax.SGD(0.1)).on_mesh(line_of(4))
+    other = dataclasses.replace(table, optimizer=embax.Adagrad(1.0))
+    assert other.home.stack.optimizer == embax.Adagrad(1.0)
+    assert type(other.home.fresh_slots()).__name__ == "AdagradSlotVariables"
+
+
+def test_ids_split_along_another_dimension():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    word = embax.Table(np.arange(16.0, dtype=np.float32).reshape(8, 2), embax.SGD(0.1)).on_mesh(mesh)
+    ids = jax.device_put(jnp.arange(32).reshape(8, 4) % 8, jax.NamedSharding(mesh, P(None, "x")))
+    np.testing.assert_array_equal(np.asarray(word[ids])[..., 0], 2.0 * np.asarray(ids))
+
+
+@pytest.mark.parametrize("init", ["glorot_normal", "he_normal", "lecun_uniform"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_initial_values_to_the_bit(init, dtype):
+    made = [
+        embax.nnx.Embed(
+            1003,
+            16,
+            optimizer=embax.SGD(0.1),
+            param_dtype=dtype,
+            embedding_init=getattr(jax.nn.initializers, init)(),
+            rngs=nnx.Rngs(0),
+            **where,
+        ).embedding.get_value()
+        for where in ({}, {"mesh": line_of(4)})
+    ]
+    np.testing.assert_array_equal(np.asarray(made[1])[:1003], np.asarray(made[0]))
+
+
+@pytest.mark.parametrize("batch_axes", ["d", ("d", "m")])
+def test_products_stay_split(batch_axes):
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Auto, AxisType.Auto))
+    devices = embax.Devices(mesh, batch_axes=batch_axes, table_axes="m")
+    query = jax.device_put(np.ones((6, DIM), np.float32), jax.NamedSharding(mesh, P("d")))
+    for placement in ("block", "column"):
+        layer = embax.nnx.Embed(16, DIM, optimizer=embax.SGD(0.1), rngs=nnx.Rngs(0), mesh=devices, placement=placement)
+        products = layer.attend(query)
+        assert products.sharding.shard_shape(products.shape) == (3, 4)
+        np.testing.assert_allclose(products, query @ layer.embedding.get_value().T, **TOLERANCE)
 
 
 @pytest.mark.parametrize(

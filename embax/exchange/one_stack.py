@@ -6,6 +6,7 @@ gradients are clipped, accumulated and averaged as one thing. Each device steps 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class Home:
         return over_mesh.mapped(self.devices, local, (self.table_spec(), samples), samples)(table, ids)
 
     def take(self, backend: str, table: jax.Array, rows: jax.Array) -> jax.Array:
-        """Returns the rows of the stack at int32 ``rows`` of any shape, zeros for absent ones.
+        """Returns the rows of the stack at int32 ``rows`` of any shape, NaN for absent ones.
 
         A leading dimension that the shards of the batch divide is split as the batch is; else the result is whole on
         every device.
@@ -52,6 +53,8 @@ class Home:
             found = over_mesh.looked_up(
                 self.stack, self.devices, backend, table, StackIds(flat, offsets, None, (count,), (1,))
             )
+            present = ((flat >= 0) & (flat < self.stack.rows))[:, None]
+            found = jnp.where(present, found, jnp.asarray(jnp.nan, found.dtype))
             return found.reshape(*rows.shape, found.shape[-1])
 
         samples, shards = self.devices.batch_spec(), 1 if self.devices.inside() else self.devices.batch_shards
@@ -68,7 +71,11 @@ class Home:
         return self.token(activations)
 
     def inner_products(self, query: jax.Array, table: jax.Array) -> jax.Array:
-        """Returns products ``[..., rows]`` of queries ``[..., embedding_dim]`` with every row, split as rows are."""
+        """Returns products ``[..., rows]`` of queries ``[..., embedding_dim]`` with every row.
+
+        They are split over the devices of the table by row, where those divide the rows; else whole. Queries stay split
+        along axes along which tables are copies.
+        """
         stack, devices = self.stack, self.devices
         if devices.inside():
             raise NotImplementedError(
@@ -82,14 +89,43 @@ class Home:
                 return jnp.dot(query, table.T)
             first = jax.lax.axis_index(devices.table_axes) * stack.local_dim
             own = jax.lax.dynamic_slice_in_dim(query, first, stack.local_dim, query.ndim - 1)
-            return jax.lax.psum(jnp.dot(own, table.T), devices.table_axes)
+            products = jnp.dot(own, table.T)
+            if not divided:
+                return jax.lax.psum(products, devices.table_axes)
+            return jax.lax.psum_scatter(products, devices.table_axes, scatter_dimension=query.ndim - 1, tiled=True)
 
-        split = None if stack.placement == "column" else devices.table_axes
-        spec = P(*[None] * (query.ndim - 1), split)
-        products = over_mesh.mapped(devices, local, (P(), self.table_spec()), spec)(query, table)
+        divided = stack.placement != "column" or stack.rows % stack.shards == 0
+        copies = (
+            devices.copies_axes if query.ndim > 1 and query.shape[0] % devices.size(devices.copies_axes) == 0 else ()
+        )
+        lead = (copies or None, *[None] * (query.ndim - 2)) if query.ndim > 1 else ()
+        spec = P(*lead, devices.table_axes if divided else None)
+        products = over_mesh.mapped(devices, local, (P(*lead), self.table_spec()), spec)(query, table)
         if stack.rows == stack.stored_rows:
             return products
         return (devices.whole(products) if devices.explicit else products)[..., : stack.rows]
+
+    def check(self, shape: tuple[int, ...], name: str | None) -> None:
+        """Raises ValueError unless ``shape`` is that of the stored rows where the caller stands."""
+        stack = self.stack
+        inside = self.devices.inside()
+        wanted = (stack.local_rows, stack.local_dim) if inside else (stack.stored_rows, stack.embedding_dim)
+        if tuple(shape) != wanted:
+            raise ValueError(
+                f'table "{name}": the value has shape {list(shape)}, and on {self!r} {list(wanted)} are stored; it is '
+                "of another mesh or of one device: carry it over by embax.Table(...).off_mesh() and on_mesh, or load a "
+                "checkpoint"
+            )
+
+    def __repr__(self) -> str:
+        axes = dict(self.devices.mesh.shape)
+        return f'Home("{self.stack.placement}" over {axes}, {self.stack.rows} x {self.stack.embedding_dim})'
+
+    def named(self, token: jax.Array) -> jax.Array:
+        """Returns a scalar that names the mesh to a jit which has no other argument on it."""
+        if self.devices.inside() or self.devices.explicit:
+            return token
+        return jax.lax.with_sharding_constraint(token, self.devices.sharding(P()))
 
     def whole(self, array: jax.Array) -> jax.Array:
         """Returns ``array`` whole on every device; as it is inside of a shard_map."""
@@ -97,7 +133,8 @@ class Home:
 
     def _even(self, shape: tuple[int, ...]) -> bool:
         """Returns whether the shards of the batch divide the leading dimension."""
-        return self.devices.inside() or bool(shape) and shape[0] > 0 and shape[0] % self.devices.batch_shards == 0
+        divided = bool(shape) and math.prod(shape) > 0 and shape[0] % self.devices.batch_shards == 0
+        return self.devices.inside() or divided
 
     def lookup_among(self, backend: str, values: jax.Array, ids: StackIds) -> jax.Array:
         """Returns ``lookup`` in a small table that every device has whole; differentiable in values and gains."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from embax.exchange.one_stack import Home
 from embax.optimizers.base import Optimizer
@@ -43,6 +44,8 @@ def ordered_home(
             f"{what}: placement={placement!r} must be one of {', '.join(ORDERED_PLACEMENTS)}; rows are dealt out "
             "otherwise by a plan (embax.plan, FeatureEmbed)"
         )
+    if isinstance(devices.mesh, AbstractMesh):
+        raise ValueError(f"{what}: an AbstractMesh has no devices to place rows on; give a jax.sharding.Mesh")
     shards, dtype = 1 if placement == "replicated" else devices.table_shards, float_dtype(what, "dtype", dtype)
     check_columns(what, shape[1], placement, shards)
     if shape[0] > MAX_STACK_ROWS - (shards - 1):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from embax.exchange.one_stack import Home
 from embax.exchange.ordered import ordered_home
+from embax.gradients.table import check_optimizer
 
 
 def embed_home(shape: tuple[int, int], dtype: Any, optimizer: Any, mesh: Any, placement: str) -> Home | None:
@@ -22,7 +23,9 @@ def embed_home(shape: tuple[int, int], dtype: Any, optimizer: Any, mesh: Any, pl
             "Embed: mesh= and placement= need optimizer=; without it the table is an ordinary parameter, split as "
             "Flax splits parameters (embedding_metadata, nn.with_partitioning)"
         )
-    return ordered_home("embedding", shape, jnp.float32 if dtype is None else dtype, optimizer, mesh, placement)
+    dtype = jnp.float32 if dtype is None else dtype
+    check_optimizer("Embed", optimizer, dtype)
+    return ordered_home("embedding", shape, dtype, optimizer, mesh, placement)
 
 
 def attend_to(query: jax.Array, rows: jax.Array) -> jax.Array:

@@ -73,10 +73,7 @@ class MeshTake(Form):
         return False
 
     def gather(self, table, rows):
-        stack = self.home.stack
-        found = self.home.take(self.backend, table, rows)
-        present = (rows >= 0) & (rows < stack.rows)
-        return jnp.where(present[..., None], found, jnp.asarray(jnp.nan, found.dtype))
+        return self.home.take(self.backend, table, rows)
 
     def token(self, activations):
         return self.home.taken_token(activations)

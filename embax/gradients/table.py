@@ -36,7 +36,7 @@ class Table:
       value: float ``[vocabulary_size, embedding_dim]``; leading axes are layers.
       optimizer: of the rows, such as ``embax.Adagrad(0.1)``.
       name: for messages, and for ``prefetch``; None for the path in its pytree.
-      home: the stack and the devices of a table on a mesh; layers fill it in.
+      home: the stack and the devices of a table on a mesh; ``on_mesh`` and layers fill it in.
 
     Raises:
       TypeError: an optimizer that is not an ``embax.Optimizer``, or values that are not floating point.
@@ -61,6 +61,9 @@ class Table:
                 f"table {self.name!r}: optimizer={self.optimizer!r} must be an embax optimizer, such as "
                 "embax.Adagrad(0.1); embax.Optax(...) wraps one of optax"
             )
+        if self.home is not None and self.home.stack.optimizer != self.optimizer:
+            stack = dataclasses.replace(self.home.stack, optimizer=self.optimizer)
+            object.__setattr__(self, "home", dataclasses.replace(self.home, stack=stack))
         if isinstance(self.value, (jax.Array, np.ndarray)):
             if self.value.ndim < 2 or not jnp.issubdtype(self.value.dtype, jnp.floating):
                 raise TypeError(
@@ -91,8 +94,10 @@ class Table:
                 "over the table"
             )
         if self.home is not None:
-            form = MeshTake(self.name or "unnamed", self._ordered_home(), kernels.choose().name)
-            return lookup(form, self.value, sentinel, rows_of(ids, form.home.stack.rows))
+            home = self._ordered_home()
+            home.check(self.shape, self.name)
+            form = MeshTake(self.name or "unnamed", home, kernels.choose().name)
+            return lookup(form, self.value, home.named(sentinel), rows_of(ids, home.stack.rows))
         form = Take(self.name or "unnamed")
         return lookup(form, self.value, sentinel, rows_of(ids, self.shape[-2]))
 
@@ -101,14 +106,20 @@ class Table:
         sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
         gains = () if ids.gains is None else (ids.gains,)
         if self.home is not None:
+            self.home.check(self.shape, self.name)
             form = MeshPool(self.name or stack.name, self.home, backend, ids.samples, ids.valencies, bool(gains))
             return lookup(form, self.value, sentinel, ids.ids, ids.offsets, *gains)
         form = Pool(self.name or stack.name, stack, backend, ids.samples, ids.valencies, bool(gains))
         return lookup(form, self.value, sentinel, ids.ids, ids.offsets, *gains)
 
     def whole(self, sentinel: Any = None) -> jax.Array:
-        """Returns all rows, for uses without a gradient; asking for one raises. On a mesh with rows that fill it up."""
+        """Returns all rows, for uses without a gradient; asking for one raises.
+
+        Of a table on a mesh all rows that are stored: behind the last id there may be rows of zeros.
+        """
         sentinel = jnp.zeros((), jnp.float32) if sentinel is None else sentinel
+        if self.home is not None:
+            self.home.check(self.shape, self.name)
         return whole(self.name or "unnamed", self.value, sentinel)
 
     def on_mesh(self, mesh: Any, placement: str = "block") -> "Table":
@@ -134,6 +145,21 @@ class Table:
             )
         home = ordered_home(self.name or "table", self.shape, self.dtype, self.optimizer, mesh, placement)  # type: ignore
         return self.tree_unflatten((self.optimizer, self.name, home), (stored(home, self.value),))
+
+    def off_mesh(self) -> "Table":
+        """Returns the table ``[vocabulary_size, embedding_dim]`` on one device: the inverse of ``on_mesh``.
+
+        Raises:
+          ValueError: a table that is on no mesh, or one of a FeatureEmbed, whose rows are in the order of their owners.
+        """
+        if self.home is None or self.home.stack.placement not in ORDERED_PLACEMENTS:
+            raise ValueError(
+                f'table "{self.name}" {list(self.shape)}: off_mesh takes a table that on_mesh or an Embed has put on a '
+                "mesh; for those of a plan there is embax.to_arrays"
+            )
+        self.home.check(self.shape, self.name)
+        rows = jnp.asarray(np.asarray(self.value)[: self.home.stack.rows])
+        return self.tree_unflatten((self.optimizer, self.name, None), (rows,))
 
     def _ordered_home(self) -> Home:
         assert self.home is not None

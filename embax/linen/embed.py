@@ -83,7 +83,8 @@ class Embed(nn.Embed):
           query: ``[..., features]``.
           candidates: ids ``[K]`` for all queries, or ``[..., K]`` for each: the result is ``[..., K]``, and gradients
             are of these rows only. None for all rows, ``[..., num_embeddings]``: with ``optimizer`` that has no
-            gradient with respect to the rows, and asking for one raises. On a mesh it is split as the rows are.
+            gradient with respect to the rows, and asking for one raises. On a mesh whose devices divide the rows
+            it is split over them.
         """
         if candidates is None and self.optimizer is None:
             return super().attend(query)

@@ -93,7 +93,8 @@ class Embed(nnx.Embed):
           out_sharding: as for ``flax.nnx.Embed``; not with ``optimizer=`` or candidates.
           candidates: ids ``[K]`` for all queries, or ``[..., K]`` for each: the result is ``[..., K]``, and gradients
             are of these rows only. None for all rows, ``[..., num_embeddings]``: with ``optimizer=`` that has no
-            gradient with respect to the rows, and asking for one raises. On a mesh it is split as the rows are.
+            gradient with respect to the rows, and asking for one raises. On a mesh whose devices divide the rows
+            it is split over them.
         """
         if candidates is None and not self.sparse:
             return super().attend(query, out_sharding=out_sharding)

@@ -196,6 +196,24 @@ def raise_in_one(rank, count, out):
     train(plan, given(plan), rank, count)
 
 
+def save_and_load(rank, count, out):
+    """Loads the newest step into every case in turn, and saves it again as the next step."""
+    from embax.checkpoint import Checkpoints
+
+    with Checkpoints(os.path.join(os.path.dirname(out), "steps"), keep=None) as checkpoints:
+        for number, case in enumerate(runnable(), start=1):
+            plan = plan_of(case)
+            found = checkpoints.restore(plan, dense=dense(plan, 0.0))
+            assert found.step == number - 1 and found.data == {"epoch": number - 1}
+            checkpoints.save(number, plan, found.tables, dense=found.dense, data={"epoch": number})
+
+
+def dense(plan, value):
+    """Returns a dense part that is whole on every device of all processes."""
+    made = jax.jit(lambda: {"w": jnp.full((3,), value)}, out_shardings=plan.devices.sharding(jax.P()))
+    return made()
+
+
 def main(rank, count, port, out, act):
     faulthandler.dump_traceback_later(150, exit=True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -98,6 +98,27 @@ def test_two_processes_are_one(tmp_path):
     _check_agreements(*found)
 
 
+def test_checkpoints_of_two_processes(tmp_path):
+    """Saved by one process, loaded and saved again by two in every case, loaded by one device."""
+    pytest.importorskip("orbax.checkpoint")
+    from embax.checkpoint import Checkpoints
+
+    plan = worker.plan_of("across")
+    tables, alone = worker.given(plan), embax.plan(worker.features())
+    with Checkpoints(tmp_path / "steps", keep=None) as checkpoints:
+        checkpoints.save(0, plan, tables, dense=worker.dense(plan, 1.5), data={"epoch": 0})
+    with Processes("save_and_load", tmp_path) as two:
+        for rank in range(COUNT):
+            assert two.wait(rank) == 0, two.log(rank)
+    with Checkpoints(tmp_path / "steps", keep=None) as checkpoints:
+        assert checkpoints.steps() == list(range(len(worker.runnable()) + 1))
+        found = checkpoints.restore(alone, dense=worker.dense(plan, 0.0))
+    np.testing.assert_array_equal(found.dense["w"], [1.5] * 3)
+    wanted = worker.flat(embax.to_arrays(plan, tables))
+    for name, values in worker.flat(embax.to_arrays(alone, found.tables)).items():
+        np.testing.assert_array_equal(values, wanted[name], err_msg=name)
+
+
 def _train(case):
     """Returns tables and activations of one process, after holding the tables against those of one device."""
     plan = worker.plan_of(case)

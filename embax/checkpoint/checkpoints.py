@@ -66,7 +66,7 @@ class Checkpoints:
     def __init__(
         self, directory: Any, *, keep: int | None = 3, keep_every: int | None = None, asynchronous: bool = True
     ):
-        self.directory = Path(directory).absolute()
+        self.directory, self._asynchronous = Path(directory).absolute(), asynchronous
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=asynchronous, create=True
         )
@@ -102,7 +102,7 @@ class Checkpoints:
             raise TypeError(f"save: data is not of JSON ({error}); give numbers, texts, lists and dicts") from None
         known = described(held for held, _ in tables)
         body = {"step": step, "tables": known, "dense": None if dense is None else shapes_of(dense), "data": data}
-        items: dict[str, Any] = {TABLES: TablesArgs(tables), DOCUMENT: DocumentArgs(body)}
+        items: dict[str, Any] = {TABLES: TablesArgs(tables, not self._asynchronous), DOCUMENT: DocumentArgs(body)}
         if dense is not None:
             items[DENSE] = ocp.args.StandardSave(dense)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)

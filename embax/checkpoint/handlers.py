@@ -27,12 +27,12 @@ class TablesHandler(ocp.AsyncCheckpointHandler):
         tables.write(Path(directory), tables.turns(args.tables))
 
     async def async_save(self, directory: Any, args: "TablesArgs") -> list:
-        """Copies the rows to the host, and returns what writes them."""
-        kept = list(tables.turns(args.tables))
+        """Copies the rows to the host, if training is to go on meanwhile, and returns what writes them."""
+        turns = tables.turns(args.tables)
+        kept = [turns] if args.waits else [list(turns)]
 
         async def write():
-            tables.write(Path(directory), kept)
-            kept.clear()
+            tables.write(Path(directory), kept.pop())
 
         return [CommitFutureAwaitingContractedSignals(write(), name="embax_tables")]
 
@@ -71,9 +71,10 @@ class DocumentHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(TablesHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class TablesArgs(ocp.args.CheckpointArgs):
-    """What ``TablesHandler`` writes."""
+    """What ``TablesHandler`` writes, and whether the caller waits until it is written."""
 
     tables: list[tuple[Held, TableState]]
+    waits: bool
 
 
 @ocp.args.register_with_handler(DocumentHandler, for_save=True, for_restore=True)

@@ -19,7 +19,7 @@ from embax.exchange.pieces import Part, collect, deal
 from embax.planning import TablePlan
 from embax.table_state import TableState
 
-IN_FLIGHT = 2  # turns of pieces on their way to or from the disk
+IN_FLIGHT = 16  # pieces on their way to or from the disk: a disk takes its time to say that it has them
 
 
 class Piece(NamedTuple):
@@ -72,7 +72,7 @@ def write(folder: Path, turns: Iterator[list[Piece]] | list[list[Piece]]) -> Non
             part = opened[place][piece.first : piece.first + piece.rows.shape[0]]
             written.append(part.write(piece.rows))
         flying.append(written)
-        if len(flying) > IN_FLIGHT:
+        while len(flying) > 1 and sum(map(len, flying)) > IN_FLIGHT:
             _finish(flying.pop(0))
     for written in flying:
         _finish(written)
@@ -97,13 +97,15 @@ def read(folder: Path, known: Mapping[str, Any], part: Part, table: TablePlan, a
     stored = arrays.open_array(folder, shape, known["dtype"])
     size, count = arrays.piece_rows(*shape, known["dtype"]), min(shape[0], table.vocabulary_size)
     turn = part.pieces * size
-    asked = {start: _asked(part, stored, start, size, count) for start in range(0, min(count, IN_FLIGHT * turn), turn)}
+    reach = turn * max(1, IN_FLIGHT // part.pieces)
+    asked = {start: _asked(part, stored, start, size, count) for start in range(0, min(count, reach), turn)}
     for start in range(0, count, turn):
-        ahead = start + IN_FLIGHT * turn
+        ahead = start + reach
         if ahead < count:
             asked[ahead] = _asked(part, stored, ahead, size, count)
         pieces = _arrived(part, asked.pop(start), (size, shape[1]), array.dtype, folder)
-        array = deal(part, array, pieces, table.row_offset + start, min(turn, count - start))
+        # Waiting keeps pieces from piling up; the disk reads on meanwhile.
+        array = jax.block_until_ready(deal(part, array, pieces, table.row_offset + start, min(turn, count - start)))
     return array
 
 
@@ -131,10 +133,13 @@ def _arrived(part: Part, asked: dict[int, Any], shape: tuple[int, int], dtype: A
         rows[number] = np.zeros(shape, dtype)
         if future is not None:
             try:
-                found = future.result()
+                found = future.result().astype(dtype, copy=False)
             except ValueError as error:
                 raise arrays.damaged(folder, error) from error
-            rows[number][: found.shape[0]] = found.astype(dtype)
+            if found.shape == shape:
+                rows[number] = found
+            else:
+                rows[number][: found.shape[0]] = found
     if part.devices is None:
         return jnp.asarray(rows[0])
     sharding = part.devices.sharding(part.pieces_spec())

@@ -1,6 +1,7 @@
 """Law: what is loaded is what was saved, on any devices, in any stacks and placements; a bad file is named."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import embax
 checkpoint = pytest.importorskip("embax.checkpoint")
 
 NORMAL = jax.nn.initializers.normal(0.37)
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "4"))
 SIZES = {"a": 101, "b": 37, "c/d": 5}
 DIM = 8
 
@@ -90,7 +92,7 @@ def test_other_devices(tmp_path, old, new, placement):
     _same(_host(after, found.tables), _host(before, tables))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     old=st.tuples(st.sampled_from(list(MESHES)), st.sampled_from(["row", "column", "table", "replicated"])),
     new=st.tuples(st.sampled_from(list(MESHES)), st.sampled_from(["row", "column", "table", "replicated"])),

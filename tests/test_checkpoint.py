@@ -256,6 +256,33 @@ def test_readable_without_embax(tmp_path):
     np.testing.assert_array_equal(raw, _host(plan, tables)["c/d"]["table"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exported_to_others(tmp_path, monkeypatch, dtype):
+    """By the libraries of those formats, of tables of several pieces."""
+    monkeypatch.setattr("embax.checkpoint.arrays.PIECE_BYTES", 8 * DIM * 4)
+    plan = _plan("two", optimizer=embax.Adam(0.1), dtype=dtype)
+    tables = _filled(plan)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, plan, tables)
+    wanted = _host(plan, tables)["a"]
+    numpy = pytest.importorskip("safetensors.numpy")
+    checkpoint.export_table(tmp_path / "1", "a", tmp_path / "a.safetensors")
+    found = numpy.load_file(tmp_path / "a.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(np.asarray(found[name], np.float32), values.astype(np.float32))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    checkpoint.export_table(tmp_path / "1", "a", tmp_path / "a.parquet")
+    rows = parquet.read_table(tmp_path / "a.parquet").to_pydict()
+    assert rows["id"] == list(range(101))
+    np.testing.assert_array_equal(np.array(rows["embedding"], np.float32), wanted["table"].astype(np.float32))
+    with pytest.raises(checkpoint.CheckpointError, match='there is no table "x"; there are a, b, c/d'):
+        checkpoint.export_table(tmp_path / "1", "x", tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="'a.csv' must end in one of .safetensors, .parquet"):
+        checkpoint.export_table(tmp_path / "1", "a", tmp_path / "a.csv")
+    assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.parquet", "a.safetensors"]
+
+
 # ---- damage ------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,111 @@
+"""One table of a checkpoint as a file that others read: safetensors or Parquet, piece by piece."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from embax.checkpoint import arrays
+from embax.checkpoint.document import read_document
+from embax.checkpoint.errors import CheckpointError
+from embax.checkpoint.handlers import DOCUMENT, TABLES
+from embax.checkpoint.tables import folder_of
+
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "uint32": "U32"}
+
+
+def export_table(step: Any, table: str, path: Any) -> None:
+    """Writes one table of a checkpoint to ``path``, whose suffix says how; the memory of a piece is needed.
+
+    ``.safetensors`` has the table and each slot variable by its name, in the dtype that was saved. ``.parquet`` has the
+    rows: ``id`` (int64) and ``embedding`` (a list of float32), in the order of ids; it needs pyarrow.
+
+    Args:
+      step: the folder of a step, such as ``checkpoints.directory / "100"``.
+      table: its name.
+      path: of the file; one that is there is replaced when the new one is whole.
+
+    Raises:
+      CheckpointError: no such table, or a damaged checkpoint.
+      ValueError: another suffix.
+
+    >>> import tempfile, jax, embax, embax.checkpoint
+    >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
+    ...     initializer=jax.nn.initializers.ones, optimizer=embax.Adagrad(0.5))
+    >>> plan = embax.plan(embax.FeatureSpec(name="x", table_spec=table, input_shape=(None,), output_shape=(None, 2)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with embax.checkpoint.Checkpoints(folder) as checkpoints:
+    ...         checkpoints.save(7, plan, embax.init(plan, jax.random.key(0)))
+    ...     embax.checkpoint.export_table(f"{folder}/7", "item", f"{folder}/item.safetensors")
+    """
+    folder, path = Path(step), Path(path)
+    body = read_document(folder / DOCUMENT, folder)
+    if table not in body["tables"]:
+        raise CheckpointError(f'{folder}: there is no table "{table}"; there are {", ".join(sorted(body["tables"]))}')
+    writers = {".safetensors": _write_safetensors, ".parquet": _write_parquet}
+    if path.suffix not in writers:
+        raise ValueError(f"export_table: {path.name!r} must end in one of {', '.join(writers)}")
+    parts = body["tables"][table]["parts"]
+    stored = {n: arrays.open_array(folder_of(folder / TABLES, table, n), *_form(known)) for n, known in parts.items()}
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        writers[path.suffix](unfinished, parts, stored, folder)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _form(known: dict) -> tuple[tuple[int, int], str]:
+    return (known["rows"], known["width"]), known["dtype"]
+
+
+def _pieces(known: dict, array: Any, folder: Path) -> Iterator[np.ndarray]:
+    shape, dtype = _form(known)
+    size = arrays.piece_rows(*shape, dtype)
+    for first in range(0, shape[0], size):
+        try:
+            yield array[first : min(first + size, shape[0])].read().result()
+        except ValueError as error:
+            raise arrays.damaged(folder, error) from error
+
+
+def _write_safetensors(path: Path, parts: dict, stored: dict, folder: Path) -> None:
+    """Writes 8 bytes with the length of a JSON header, the header, and the arrays one after another, little-endian.
+
+    By hand, for the library's own writer wants whole arrays in memory. https://github.com/huggingface/safetensors
+    """
+    header, at = {}, 0
+    for name, known in parts.items():
+        shape, dtype = _form(known)
+        end = at + shape[0] * shape[1] * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, known in parts.items():
+            for rows in _pieces(known, stored[name], folder):
+                file.write(np.ascontiguousarray(rows).tobytes())
+
+
+def _write_parquet(path: Path, parts: dict, stored: dict, folder: Path) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("export_table: .parquet needs pyarrow; pip install pyarrow, or write .safetensors") from error
+    known, first = parts["table"], 0
+    kind = pyarrow.list_(pyarrow.float32(), known["width"])
+    schema = pyarrow.schema([("id", pyarrow.int64()), ("embedding", kind)])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for rows in _pieces(known, stored["table"], folder):
+            ids = pyarrow.array(np.arange(first, first + len(rows)))
+            values = pyarrow.array(rows.astype(np.float32).reshape(-1))
+            columns = [ids, pyarrow.FixedSizeListArray.from_arrays(values, known["width"])]
+            writer.write_table(pyarrow.table(columns, schema=schema))
+            first += len(rows)

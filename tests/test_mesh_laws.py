@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from battery import OPTIMIZERS as BATTERY
 from helpers import feature, line_of, table_spec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,10 +22,9 @@ from embax import kernels
 EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "8"))
 _seen = itertools.count(1)
 PLACEMENTS = ("row", "table", "column", "replicated")
+# Those of the battery whose slot variables have the oracle's names; each is made once, so that programs are shared.
 OPTIMIZERS = {
-    "sgd": (embax.SGD(0.3), {"learning_rate": 0.3}, {}),
-    "adagrad": (embax.Adagrad(0.2), {"learning_rate": 0.2}, {}),
-    "rowwise_adagrad": (embax.RowwiseAdagrad(0.2, row_clip_norm=0.5), {"learning_rate": 0.2}, {"row_clip_norm": 0.5}),
+    name: (case.make(), case) for name, case in BATTERY.items() if name not in ("custom", "optax", "adagrad_callable")
 }
 
 
@@ -37,10 +37,12 @@ def _grid(batch_axes, table_axes, axis_type=AxisType.Auto):
 
 MESHES = {
     "one": lambda: line_of(1),
+    "two": lambda: line_of(2),
     "three": lambda: line_of(3),
     "apart": lambda: _grid("d", "m"),
     "both": lambda: _grid("d", ("m", "d"), AxisType.Explicit),
     "copies": lambda: _grid(("m", "d"), "m"),
+    "eight": lambda: line_of(8),
 }
 
 
@@ -49,8 +51,9 @@ def cases(draw):
     """Returns tables, features on them, ids as lists, and where everything lies."""
     names = [f"t{i}" for i in range(draw(st.integers(1, 3)))]
     mesh = draw(st.sampled_from(sorted(MESHES)))
-    # Three devices do not divide any of these dimensions.
+    # Three devices do not divide any of these dimensions, and eight only one of them.
     places = st.sampled_from([place for place in PLACEMENTS if mesh != "three" or place != "column"])
+    dims = st.sampled_from([8] if mesh == "eight" else [4, 8])
     rows = {name: draw(st.integers(1, 20)) for name in names}
     features = {f"f_{name}": name for name in names}
     if draw(st.booleans()):
@@ -58,7 +61,7 @@ def cases(draw):
     samples = draw(st.integers(1, 7))
     return {
         "rows": rows,
-        "dims": {name: draw(st.sampled_from([4, 8])) for name in names},
+        "dims": {name: draw(dims) for name in names},
         "combiners": {name: draw(st.sampled_from(oracle.COMBINERS)) for name in names},
         "features": features,
         "dense": {name: draw(st.booleans()) for name in features},
@@ -97,7 +100,7 @@ def _given(case, name):
 
 
 def _check(case, backend):
-    rng, _, hyper = np.random.default_rng(case["seed"]), *OPTIMIZERS[case["optimizer"]][:2]
+    rng = np.random.default_rng(case["seed"])
     arrays = {
         name: {"table": rng.normal(size=(rows, case["dims"][name])).astype(np.float32)}
         for name, rows in case["rows"].items()
@@ -123,17 +126,18 @@ def _check(case, backend):
         wanted = oracle.pool(arrays[table]["table"], samples[name], None, case["combiners"][table])
         np.testing.assert_allclose(activations[name], wanted, rtol=2e-5, atol=2e-5, err_msg=name)
     for table, found in after.items():
-        _check_table(case, table, start[table], found, samples, gradients, hyper)
+        _check_table(case, table, start[table], found, samples, gradients)
 
 
-def _check_table(case, table, before, after, samples, gradients, hyper):
+def _check_table(case, table, before, after, samples, gradients):
+    of = OPTIMIZERS[case["optimizer"]][1]
     features = [name for name, of in case["features"].items() if of == table]
     bags = [bag for name in features for bag in samples[name]]
     stacked = np.concatenate([gradients[name] for name in features])
     slots = {name: value for name, value in before.items() if name != "table"}
     wanted, wanted_slots = oracle.update(
-        before["table"], slots, bags, None, case["combiners"][table], stacked, case["optimizer"],
-        step=0, hyper=hyper, **OPTIMIZERS[case["optimizer"]][2],
+        before["table"], slots, bags, None, case["combiners"][table], stacked, of.oracle_name,
+        step=0, hyper=of.hyper(0), **of.modifiers,
     )  # fmt: skip
     untouched = sorted(set(range(case["rows"][table])) - {i for bag in bags for i in bag})
     for name, value in {"table": wanted, **wanted_slots}.items():

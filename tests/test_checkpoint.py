@@ -232,7 +232,7 @@ def test_a_step_that_is_there(tmp_path):
         ):
             checkpoints.restore(plan)
         checkpoints.save(1, plan, tables)
-        with pytest.raises(ValueError, match="save: step 1 is in .* already; save another step, or delete that one"):
+        with pytest.raises(ValueError, match="save: step 1 is in .* already; save another step, or delete.1. first"):
             checkpoints.save(1, plan, tables)
         with pytest.raises(TypeError, match="save: data is not of JSON"):
             checkpoints.save(2, plan, tables, data=object())
@@ -242,6 +242,120 @@ def test_a_step_that_is_there(tmp_path):
             checkpoints.restore(plan, dense={"w": jnp.ones(2)})
         with pytest.raises(ValueError, match="the plan has stacks"):
             checkpoints.save(2, plan, {})
+        with pytest.raises(ValueError, match="save: step 0 is below step 1, which restore.. would take for the newest"):
+            checkpoints.save(0, plan, tables)
+        for step in (-1, 2.0, "3"):
+            with pytest.raises(ValueError, match="must be an integer of at least 0"):
+                checkpoints.save(step, plan, tables)
+        checkpoints.save(np.int64(4), plan, tables)
+        assert checkpoints.restore(plan).step == 4
+        checkpoints.delete(4)
+        assert checkpoints.steps() == [1]
+    with pytest.raises(ValueError, match="keep=0 must be at least 1, or None to keep all"):
+        checkpoint.Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="'gs://bucket/x' is no folder of this machine"):
+        checkpoint.Checkpoints("gs://bucket/x")
+
+
+def test_a_save_that_fails(tmp_path, monkeypatch):
+    """It is named when the next one is asked for, and what was there before stays."""
+    plan = _plan(sizes={"a": 11})
+    tables = _filled(plan)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, plan, tables)
+        checkpoints.wait()
+        with monkeypatch.context() as broken:
+            broken.setattr("embax.checkpoint.tables.write", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+            checkpoints.save(1, plan, tables)
+            with pytest.raises(
+                checkpoint.CheckpointError, match="step 1 was not saved: .*no room; the steps before it"
+            ):
+                checkpoints.save(2, plan, tables)
+        assert checkpoints.steps() == [0]
+        checkpoints.save(2, plan, tables)
+        _same(_host(plan, checkpoints.restore(plan).tables), _host(plan, tables))
+
+
+@pytest.mark.parametrize("name", ["c", ".", "..", "table", "%2F", "x/é"])
+def test_names_of_tables(tmp_path, name):
+    plan = _plan(sizes={name: 11, "z": 5}, stacks="none")
+    tables = _filled(plan)
+    _same(_host(plan, _through(tmp_path, plan, plan, tables).tables), _host(plan, tables))
+    assert len(list((tmp_path / "3" / "tables").glob("*/table/c/0/0"))) == 2
+    zarr = next((tmp_path / "3" / "tables").glob("*/table/zarr.json"))
+    zarr.write_text(zarr.read_text().replace('"little"', '"big"   '))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="its checksum does not fit: it was changed"):
+            checkpoints.restore(plan)
+
+
+def test_names_that_no_disk_takes(tmp_path):
+    plan = _plan(sizes={"x" * 256: 11})
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="its name on disk would have 256 characters, and must have 1 to 255"):
+            checkpoints.save(0, plan, _filled(plan))
+        assert checkpoints.steps() == []
+
+
+def test_pieces_of_another_step(tmp_path):
+    plan = _plan(sizes={"a": 11})
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step in (0, 1):
+            checkpoints.save(step, plan, _filled(plan, step))
+        checkpoints.wait()
+        piece = "tables/a/table/c/0/0"
+        (tmp_path / "1" / piece).write_bytes((tmp_path / "0" / piece).read_bytes())
+        with pytest.raises(checkpoint.CheckpointError, match="its checksum does not fit: it was changed"):
+            checkpoints.restore(plan)
+        (tmp_path / "0").rename(tmp_path / "7")
+        with pytest.raises(checkpoint.CheckpointError, match="it is of step 0: the folder was renamed or copied"):
+            checkpoints.restore(plan, step=7)
+
+
+def test_slots_of_another_width_and_what_is_not_acceptable(tmp_path):
+    before, after = _plan(optimizer=embax.RowwiseAdagrad(0.1)), _plan(optimizer=embax.Adagrad(0.1))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, before, _filled(before))
+        with pytest.raises(
+            checkpoint.CheckpointError, match="accumulator had 1 numbers a row and has 8; pass fresh_slots"
+        ):
+            checkpoints.restore(after, accept=("optimizer",))
+        with pytest.raises(ValueError, match="accept names 'optimiser'; it takes combiner, quantization, optimizer"):
+            checkpoints.restore(after, accept=("optimiser",))
+        with pytest.raises(TypeError, match="accept='optimizer' must be a collection of names"):
+            checkpoints.restore(after, accept="optimizer")
+
+
+def test_callables_are_not_compared_by_name(tmp_path):
+    before = _plan(optimizer=embax.Adagrad(lambda step: 0.1))
+    other = {"initializer": jax.nn.initializers.ones, "optimizer": embax.Adagrad(_rate)}
+    tables = [table_spec(name, rows, DIM, **other) for name, rows in SIZES.items()]
+    after = embax.plan([feature(table, table.name) for table in tables])
+    tables = _filled(before)
+    _same(_host(after, _through(tmp_path, before, after, tables).tables), _host(before, tables))
+
+
+def _rate(step):
+    return 0.2
+
+
+def test_dense_parts(tmp_path):
+    plan = _plan(sizes={"a": 11})
+    tables = _filled(plan)
+    dense = {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2, jnp.bfloat16)}, "none": None, "count": 3}
+    with checkpoint.Checkpoints(tmp_path, keep=None) as checkpoints:
+        checkpoints.save(0, plan, tables, dense=dense)
+        found = checkpoints.restore(plan, dense=dense).dense
+        assert found["none"] is None and int(found["count"]) == 3 and found["a"]["b"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found["a.b"], np.ones(2))
+        with pytest.raises(checkpoint.CheckpointError, match=r"a/b was bfloat16\[2\] and is int32\[2\]"):
+            checkpoints.restore(plan, dense={**dense, "a": {"b": jnp.zeros(2, jnp.int32)}})
+        with pytest.raises(ValueError, match='dense: two arrays would be called "a/b" in a checkpoint'):
+            checkpoints.save(1, plan, tables, dense={"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+        with pytest.raises(TypeError, match="dense: f is a function, no array or number; leave it out"):
+            checkpoints.save(1, plan, tables, dense={"f": _rate})
+        checkpoints.save(1, plan, tables, dense={})
+        assert checkpoints.restore(plan, dense={}).dense == {}
 
 
 def test_readable_without_embax(tmp_path):

@@ -112,7 +112,9 @@ def test_nnx_of_another_model(tmp_path):
         nnx_checkpoints.save(checkpoints, 1, model, optimizer)
         model.head = nnx.Linear(DIM, 2, rngs=nnx.Rngs(0))
         before = np.asarray(model.words.embedding.get_value())
-        with pytest.raises(checkpoint.CheckpointError, match=r"model/head/kernel/value was \[8, 1\] and is \[8, 2\]"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"model/head/kernel/value was float32\[8, 1\] and is float32\[8, 2\]"
+        ):
             nnx_checkpoints.restore(checkpoints, model, optimizer)
         np.testing.assert_array_equal(before, model.words.embedding.get_value())
 
@@ -176,4 +178,36 @@ def test_layers_of_tables(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save_held(0, [(held, state)], None, None)
         found = checkpoints.restore_held(None, [(held, None)], None, checkpoint.Choice())
+        larger = own_table("word", embax.Table(jnp.zeros((2, 7, DIM)), embax.SGD(0.1)))
+        with pytest.raises(
+            checkpoint.CheckpointError, match="its 2 layers had 10 rows together and have 14: layers cannot"
+        ):
+            checkpoints.restore_held(None, [(larger, None)], None, checkpoint.Choice(key=jax.random.key(0)))
     np.testing.assert_array_equal(found.tables[0].table, state.table)
+
+
+def test_two_tables_of_one_name(tmp_path):
+    table = embax.Table(jnp.zeros((5, DIM)), embax.SGD(0.1))
+    from embax.checkpoint.trees import own_table
+
+    held = [(own_table("word", table), embax.init_slots(embax.SGD(0.1), table.value))] * 2
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(
+            ValueError, match='two tables would be called "word" in a checkpoint; rename a table or a layer'
+        ):
+            checkpoints.save_held(0, held, None, None)
+
+
+def test_linen_plans(tmp_path):
+    """On a mesh tables know their plan; a plan of no layer is refused."""
+    where = tuple({"mesh": line_of(4), "placement": "row"}.items())
+    plan, state, _ = _linen(0, where)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match='plans names layer "enc", and the tables are in'):
+            linen_checkpoints.save(checkpoints, 0, state, plans={"enc": plan})
+        linen_checkpoints.save(checkpoints, 0, state)
+        checkpoints.wait()
+        names = {path.name for path in (tmp_path / "0" / "tables").iterdir() if path.is_dir()}
+        assert names == {"encoder%2Fa", "encoder%2Fb", "words%2Fembedding"}
+        with pytest.raises(TypeError, match="a TrainState has slot variables"):
+            linen_checkpoints.restore(checkpoints, state, serving=True)

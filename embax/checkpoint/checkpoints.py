@@ -1,7 +1,9 @@
 """Checkpoints of training: tables with their slots, the dense part, and where the data stood, by one call."""
 
 import dataclasses
+import itertools
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from embax.checkpoint.described import described
 from embax.checkpoint.document import read_document
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.handlers import DENSE, DOCUMENT, TABLES, DocumentArgs, TablesArgs, registry
-from embax.checkpoint.held import Held, held_by, states_of
+from embax.checkpoint.held import Held, check_names, held_by, states_of
 from embax.checkpoint.loading import Choice, Wanted, check_fits, load
-from embax.checkpoint.trees import check_names, placed_as, shapes_of
+from embax.checkpoint.tables import folder_of
+from embax.checkpoint.trees import check_forms, forms_of, named_leaves, placed_as, with_leaves
 from embax.planning import Plan
 from embax.table_state import TableState, check_slots
 
@@ -26,8 +29,8 @@ class Restored:
 
     Attributes:
       step: of the checkpoint.
-      tables: ``{stack: TableState}`` of the plan.
-      dense: the dense part, None where there was none or it was not asked for.
+      tables: ``{stack: TableState}`` of the plan; None where a model has them.
+      dense: the dense part; None where it was not asked for, or a model has it.
       data: what ``save`` was given, as JSON has it.
     """
 
@@ -42,7 +45,7 @@ class Checkpoints:
 
     On disk tables are ``[vocabulary_size, embedding_dim]`` by their names, whatever devices, stacks and placements they
     came from, and load into any plan. A step is there when it is whole; a death at any moment leaves the steps before
-    it as they are. Every process of a job calls every method.
+    it as they are. Every process of a job calls every method; one job writes into a folder.
 
     Args:
       directory: an absolute path, or one relative to the working directory; made if it is not there.
@@ -66,7 +69,14 @@ class Checkpoints:
     def __init__(
         self, directory: Any, *, keep: int | None = 3, keep_every: int | None = None, asynchronous: bool = True
     ):
+        if "://" in str(directory):
+            raise ValueError(f"Checkpoints: {str(directory)!r} is no folder of this machine; give one that is mounted")
+        if keep is not None and keep < 1:
+            raise ValueError(f"Checkpoints: keep={keep} must be at least 1, or None to keep all")
         self.directory, self._asynchronous = Path(directory).absolute(), asynchronous
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"Checkpoints: {self.directory} is a file; name a folder")
+        self._under_way: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=asynchronous, create=True
         )
@@ -78,14 +88,15 @@ class Checkpoints:
         """Saves a step; what is under way of the step before is waited for.
 
         Args:
-          step: of training; one that is there already is an error.
+          step: of training, above those that are there.
           plan: of the tables.
           tables: ``{stack: TableState}``. They may be donated as soon as this returns.
           dense: any pytree of arrays: parameters, optimizer state; None for none.
           data: of JSON: where the input pipeline stands, for one.
 
         Raises:
-          ValueError: a step that is there, or tables of another plan.
+          ValueError: a step that is there or below the newest, tables of another plan, or names that no disk takes.
+          CheckpointError: the step before, which was under way, was not saved; this one is not begun.
           TypeError: data that JSON does not have.
         """
         check_slots(plan, tables)
@@ -93,18 +104,20 @@ class Checkpoints:
 
     def save_held(self, step: int, tables: list[tuple[Held, TableState]], dense: Any, data: Any) -> None:
         """Saves a step of tables wherever they are held; see ``save``."""
-        self.wait()
-        if step in self.steps():
-            raise ValueError(f"save: step {step} is in {self.directory} already; save another step, or delete that one")
+        step, leaves = self._checked_step(step), named_leaves(dense)
+        check_names([held for held, _ in tables])
+        for held, state in tables:
+            for table, part in itertools.product(held.stack.tables, held.parts(state)):
+                folder_of(self.directory, held.name(table), part)  # whether there is such a name on disk
         try:
-            data = json.loads(json.dumps(data))
+            data = json.loads(json.dumps(data, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"save: data is not of JSON ({error}); give numbers, texts, lists and dicts") from None
-        known = described(held for held, _ in tables)
-        body = {"step": step, "tables": known, "dense": None if dense is None else shapes_of(dense), "data": data}
+        body = {"step": step, "tables": described(tables), "dense": forms_of(leaves) if leaves else None, "data": data}
         items: dict[str, Any] = {TABLES: TablesArgs(tables, not self._asynchronous), DOCUMENT: DocumentArgs(body)}
-        if dense is not None:
-            items[DENSE] = ocp.args.StandardSave(dense)
+        if leaves:
+            items[DENSE] = ocp.args.StandardSave(leaves)
+        self._under_way = step
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, plan: Plan, *, step: int | None = None, dense: Any = None, **choice: Any) -> Restored:
@@ -132,10 +145,19 @@ class Checkpoints:
         step = self._step(step)
         folder = self.directory / str(step)
         body = read_document(folder / DOCUMENT, folder)
+        if body["step"] != step:
+            raise CheckpointError(
+                f"{folder / DOCUMENT}: it is of step {body['step']}: the folder was renamed or copied; name it so"
+            )
         check_fits(folder, body["tables"], wanted, choice)
         found = self._dense(folder, body, dense, choice.serving)
         tables = [load(folder / TABLES, body["tables"], held, state, choice) for held, state in wanted]
         return Restored(step, tables, found, body["data"])
+
+    def delete(self, step: int) -> None:
+        """Deletes a step; CheckpointError if there is none of that number."""
+        self.wait()
+        self._manager.delete(self._step(step))
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, from the oldest to the newest."""
@@ -145,18 +167,32 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk; what went wrong there is raised here."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # whatever Orbax, TensorStore or the disk has to say
+            step, self._under_way = self._under_way, None
+            raise CheckpointError(
+                f"{self.directory}: step {step} was not saved: {error}; the steps before it are as they were, and no "
+                "other was begun: mend the cause and save again"
+            ) from error
 
     def close(self) -> None:
         """Waits, and lets go of threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *failure: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, failure: Any, traceback: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if failure is None:
+                raise
+            failure.add_note(str(error))  # what went wrong first is what is raised
 
     def _step(self, step: int | None) -> int:
         steps = self.steps()
@@ -166,14 +202,36 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: there is no step {step}; there are {steps}")
         return steps[-1] if step is None else step
 
+    def _checked_step(self, step: Any) -> int:
+        try:
+            number = operator.index(step)
+        except TypeError:
+            number = -1
+        if number < 0:
+            raise ValueError(f"save: step={step!r} must be an integer of at least 0")
+        self.wait()
+        steps = self.steps()
+        if number in steps:
+            raise ValueError(
+                f"save: step {number} is in {self.directory} already; save another step, or delete({number}) first"
+            )
+        if steps and number < steps[-1]:
+            raise ValueError(
+                f"save: step {number} is below step {steps[-1]}, which restore() would take for the newest; delete the "
+                f"steps after {number} first, or save into another folder"
+            )
+        return number
+
     def _dense(self, folder: Path, body: dict, wanted: Any, partial: bool) -> Any:
-        if wanted is None:
-            return None
+        leaves = named_leaves(wanted)
+        if not leaves:
+            return wanted
         if body["dense"] is None:
             raise CheckpointError(f"{folder}: the checkpoint has no dense part; restore without dense=")
-        check_names(folder / DENSE, body["dense"], wanted, partial)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+        check_forms(folder / DENSE, body["dense"], leaves, partial)
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves)
         how = ocp.checkpoint_utils.construct_restore_args(target)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-            return jax.tree.map(placed_as, checkpointer.restore(folder / DENSE, args=args), wanted)
+            found = checkpointer.restore(folder / DENSE, args=args)
+        return with_leaves(wanted, {name: placed_as(found[name], leaf) for name, leaf in leaves.items()})

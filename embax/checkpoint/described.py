@@ -1,6 +1,6 @@
 """Tables as data: what a checkpoint says of them, and in what a plan differs.
 
-Callables are not data. Of a schedule or an initializer there is the name; whoever loads supplies it.
+Callables are not data. Of a schedule or an initializer there is the name, for people; whoever loads supplies it.
 """
 
 import dataclasses
@@ -11,23 +11,39 @@ import jax.numpy as jnp
 
 from embax.checkpoint.held import Held
 from embax.optimizers.base import Optimizer, slot_names
-from embax.planning import StackPlan, TablePlan
+from embax.planning import TablePlan
+from embax.table_state import TableState
+
+COMPARED = ("embedding_dim", "layers", "combiner", "quantization", "optimizer")
+ACCEPTABLE = ("combiner", "quantization", "optimizer")
 
 
-def described(held: Iterable[Held]) -> dict[str, dict]:
-    """Returns what there is to say of every table, by its name on disk, in words of JSON."""
-    return {one.name(table): _table(one.stack, table) for one in held for table in one.stack.tables}
+def described(tables: Iterable[tuple[Held, TableState | None]]) -> dict[str, dict]:
+    """Returns what there is to say of every table, by its name on disk, in words of JSON.
+
+    Args:
+      tables: as they are held, and their states: what is without slot variables is so described; None for all of them.
+    """
+    return {
+        held.name(table): _table(held, table, state is None or bool(len(state.slots)))
+        for held, state in tables
+        for table in held.stack.tables
+    }
 
 
-def _table(stack: StackPlan, table: TablePlan) -> dict:
+def _table(held: Held, table: TablePlan, with_slots: bool) -> dict:
+    stack = held.stack
     shape, slots = (table.vocabulary_size, stack.embedding_dim), stack.optimizer.slots()
     named = zip(slot_names(stack.optimizer), slots, strict=True)
     parts = {"table": {"dtype": stack.dtype, "rows": shape[0], "width": shape[1]}}
+    if not with_slots:
+        named = ()
     parts.update(
         {n: {"dtype": jnp.dtype(s.dtype).name, "rows": shape[0], "width": s.shape(shape)[1]} for n, s in named}
     )
     return {
         "vocabulary_size": shape[0],
+        "layers": held.layers,
         "embedding_dim": shape[1],
         "combiner": table.combiner,
         "initializer": _plain(table.initializer),
@@ -63,11 +79,12 @@ def differences(stored: dict, wanted: dict, accept: Collection[str]) -> list[str
       accept: names that may differ, such as "optimizer.learning_rate"; "optimizer" for all of it.
     """
     found = []
-    for name in ("embedding_dim", "combiner", "quantization", "initializer", "optimizer"):
+    for name in COMPARED:
         if name in accept:
             continue
         for inner, old, new in _pairs(name, stored.get(name), wanted[name]):
-            if old != new and inner not in accept:
+            # The names of callables are for people: they are private to who made them.
+            if _kind(old) != _kind(new) and inner not in accept:
                 found.append(f"{inner} was {_shown(old)} and is {_shown(new)}")
     return found
 
@@ -78,6 +95,10 @@ def _pairs(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     if old.get("name") != new["name"]:
         return [(name, old.get("name"), new["name"])]
     return [(f"{name}.{key}", old.get(key), new.get(key)) for key in {**old, **new}]
+
+
+def _kind(value: Any) -> Any:
+    return tuple(value) if isinstance(value, dict) else value
 
 
 def _shown(value: Any) -> str:

@@ -59,17 +59,28 @@ def _files(root: Path) -> dict[str, dict]:
 
 
 def _known(root: Path, path: Path) -> dict[str, Any]:
-    known: dict[str, Any] = {"bytes": path.stat().st_size}
-    parts = path.relative_to(root).parts
-    if not (parts[0] == "tables" and "c" in parts[-3:-2]):  # pieces of tables have a checksum in them
-        known["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return known
+    kind = "crc32c" if _is_piece(path.relative_to(root).parts) else "sha256"
+    return {"bytes": path.stat().st_size, kind: _sum(path, kind)}
+
+
+def _is_piece(parts: tuple[str, ...]) -> bool:
+    """Returns whether a file of a step is a piece of a table, which ends in a checksum of itself."""
+    return len(parts) == 6 and parts[0] == "tables" and parts[3] == "c"
+
+
+def _sum(path: Path, kind: str) -> str:
+    """Returns the checksum of a file; of a piece the one that it ends in, which is checked when the piece is read."""
+    with path.open("rb") as file:
+        if kind == "sha256":
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(max(0, path.stat().st_size - 4))
+        return file.read().hex()
 
 
 def _check_file(path: Path, known: dict) -> None:
     try:
-        size = path.stat().st_size
-        changed = "sha256" in known and hashlib.sha256(path.read_bytes()).hexdigest() != known["sha256"]
+        size, kind = path.stat().st_size, "crc32c" if "crc32c" in known else "sha256"
+        changed = _sum(path, kind) != known[kind]
     except OSError as error:
         raise CheckpointError(f"{path}: missing ({error.strerror}); load another step, or restore the file") from error
     if size != known["bytes"]:

@@ -12,11 +12,15 @@ from embax.table_state import TableState
 
 
 class Held(NamedTuple):
-    """A stack of tables, the devices that hold it, and how its tables are called on disk: prefix + name."""
+    """A stack of tables, the devices that hold it, and how its tables are called on disk: prefix + name.
+
+    A table of several ``layers`` has their rows one layer after another.
+    """
 
     stack: StackPlan
     devices: Devices | None
     prefix: str = ""
+    layers: int = 1
 
     def name(self, table: TablePlan) -> str:
         """Returns the name of a table on disk."""
@@ -37,6 +41,14 @@ class Held(NamedTuple):
 def held_by(plan: Plan) -> list[Held]:
     """Returns the stacks of a plan."""
     return [Held(stack, plan.devices) for stack in plan.stacks]
+
+
+def check_names(held: list[Held]) -> None:
+    """Raises ValueError for two tables of one name: they would be written over each other."""
+    names = [one.name(table) for one in held for table in one.stack.tables]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'two tables would be called "{name}" in a checkpoint; rename a table or a layer')
 
 
 def states_of(held: list[Held], tables: Mapping[str, TableState]) -> list[tuple[Held, TableState]]:

@@ -6,7 +6,7 @@ from typing import Any
 from embax.checkpoint.checkpoints import Checkpoints, Restored
 from embax.checkpoint.held import Held
 from embax.checkpoint.loading import Choice
-from embax.checkpoint.trees import named_leaves, own_table, with_leaves
+from embax.checkpoint.trees import own_table
 from embax.gradients.joint_optimizer import merge, split
 from embax.gradients.table import Table
 from embax.planning import Plan
@@ -38,7 +38,7 @@ def save(
     7
     """
     tables, dense = _parts(state, plans)
-    checkpoints.save_held(step, tables, named_leaves(dense), data)
+    checkpoints.save_held(step, tables, dense, data)
 
 
 def restore(
@@ -62,8 +62,12 @@ def restore(
       CheckpointError: no such step, a damaged one, or one that does not fit.
     """
     wanted, dense = _parts(state, plans)
-    found = checkpoints.restore_held(step, wanted, named_leaves(dense), Choice(**choice))
-    restored = with_leaves(dense, found.dense)
+    if choice.get("serving"):
+        raise TypeError(
+            "restore: a TrainState has slot variables; for serving load a plan's tables by Checkpoints.restore"
+        )
+    found = checkpoints.restore_held(step, wanted, dense, Choice(**choice))
+    restored = found.dense
     tables = [
         table.with_value(loaded.table.reshape(table.shape))
         for table, loaded in zip(split(state.params)[0], found.tables, strict=True)
@@ -76,6 +80,10 @@ def restore(
 
 def _parts(state: Any, plans: Any) -> tuple[list[tuple[Held, TableState]], dict[str, Any]]:
     tables, params = split(state.params)
+    layers = {(table.name or "").rpartition("/")[0] for table in tables}
+    for layer in plans if isinstance(plans, Mapping) else ():
+        if layer not in layers:
+            raise ValueError(f'plans names layer "{layer}", and the tables are in {sorted(layers)}; name one of these')
     held = []
     for table, slots in zip(tables, state.slots, strict=True):
         rows = table.value.reshape(-1, table.shape[-1]) if table.value.ndim > 2 else table.value

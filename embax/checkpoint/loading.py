@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from embax import sharded_tables
 from embax.checkpoint import tables
-from embax.checkpoint.described import described, differences
+from embax.checkpoint.described import ACCEPTABLE, described, differences
 from embax.checkpoint.errors import CheckpointError
-from embax.checkpoint.held import Held
+from embax.checkpoint.held import Held, check_names
 from embax.sharded_tables import fresh_slots
 from embax.table_state import TableState, init_slots, init_stack_rows
 
@@ -24,8 +24,8 @@ class Choice:
     Attributes:
       key: as for ``embax.init``; for the new rows of a vocabulary that has grown, which are as init makes them.
       rename: ``{table of the plan: table of the checkpoint}``, where the names differ.
-      accept: of a specification that may differ, by name: "optimizer.learning_rate", "optimizer", "initializer",
-        "combiner", "quantization".
+      accept: of a specification that may differ, by name: "optimizer.learning_rate", "optimizer", "combiner",
+        "quantization".
       fresh_slots: slot variables begin anew, as with another optimizer; those of the checkpoint are not read.
       serving: no slot variables at all: for lookups. Optimizers may differ.
       shrink: a vocabulary may be smaller than in the checkpoint: the rows beyond it are left behind.
@@ -56,7 +56,9 @@ def check_fits(folder: Path, stored: Mapping[str, dict], wanted: Wanted, choice:
       wanted: stacks, and the states whose rows stay where the checkpoint has none.
       choice: what may differ.
     """
-    found, tables = [], described(held for held, _ in wanted)
+    check_names([held for held, _ in wanted])
+    _check_accept(choice.accept)
+    found, tables = [], described((held, None) for held, _ in wanted)
     given = {held.name(table) for held, state in wanted if state is not None for table in held.stack.tables}
     unknown = [name for name in choice.rename if name not in tables]
     if unknown:
@@ -93,7 +95,10 @@ def load(folder: Path, stored: Mapping[str, dict], held: Held, state: TableState
     stack = held.stack
     sources = {table.name: choice.rename.get(held.name(table), held.name(table)) for table in stack.tables}
     grown = any(table.vocabulary_size > stored[sources[table.name]]["vocabulary_size"] for table in stack.tables)
-    begin = _blank(held, choice) if state is None or not grown else jax.tree.map(jnp.copy, state)
+    begin = _blank(held, choice)
+    if state is not None and grown:
+        copied = jax.tree.map(jnp.copy, state)
+        begin = copied if choice.keeps_slots else begin._replace(table=copied.table)
     made = held.parts(begin)
     for name in list(made) if choice.keeps_slots else ["table"]:
         part = held.part(name)
@@ -107,6 +112,8 @@ def load(folder: Path, stored: Mapping[str, dict], held: Held, state: TableState
 
 def _sizes(stored: dict, wanted: dict, choice: Choice, given: bool) -> list[str]:
     old, new, found = stored["vocabulary_size"], wanted["vocabulary_size"], []
+    if max(stored.get("layers", 1), wanted["layers"]) > 1 and old != new:
+        return [f"its {wanted['layers']} layers had {old} rows together and have {new}: layers cannot grow or shrink"]
     if new < old and not choice.shrink:
         found.append(f"vocabulary_size was {old} and is {new}: rows would be lost; pass shrink=True to lose them")
     if new > old and choice.key is None and not given:
@@ -114,7 +121,24 @@ def _sizes(stored: dict, wanted: dict, choice: Choice, given: bool) -> list[str]
     if choice.keeps_slots and set(stored["parts"]) != set(wanted["parts"]):
         old_slots, new_slots = (sorted(set(parts) - {"table"}) for parts in (stored["parts"], wanted["parts"]))
         found.append(f"slot variables were {old_slots} and are {new_slots}; pass fresh_slots=True to begin them anew")
+        return found
+    for name, known in wanted["parts"].items() if choice.keeps_slots else ():
+        width = stored["parts"][name]["width"]
+        if name != "table" and width != known["width"]:
+            found.append(f"{name} had {width} numbers a row and has {known['width']}; pass fresh_slots=True")
     return found
+
+
+def _check_accept(accept: Any) -> None:
+    """Raises unless ``accept`` names what may differ."""
+    if isinstance(accept, str):
+        raise TypeError(f"restore: accept={accept!r} must be a collection of names; write accept=({accept!r},)")
+    for name in accept:
+        if name not in ACCEPTABLE and not name.startswith("optimizer."):
+            raise ValueError(
+                f"restore: accept names {name!r}; it takes {', '.join(ACCEPTABLE)}, and settings of the optimizer "
+                "such as optimizer.learning_rate"
+            )
 
 
 def _blank(held: Held, choice: Choice) -> TableState:

@@ -7,10 +7,10 @@ from flax import nnx
 from embax.checkpoint.checkpoints import Checkpoints, Restored
 from embax.checkpoint.held import Held, held_by
 from embax.checkpoint.loading import Choice
-from embax.checkpoint.trees import named_leaves, own_table, with_leaves
+from embax.checkpoint.trees import own_table
 from embax.nnx.feature_embed import FeatureEmbed
 from embax.nnx.gradients import table_name
-from embax.nnx.variables import Slots, Table, table_leaf
+from embax.nnx.variables import Sentinel, Slots, Table, table_leaf
 from embax.table_state import TableState
 
 
@@ -39,7 +39,7 @@ def save(checkpoints: Checkpoints, step: int, model: Any, optimizer: Any = None,
     7
     """
     tables = [(held, _state(variable, name, optimizer)) for held, variable, name in _tables(model)]
-    checkpoints.save_held(step, tables, named_leaves(_dense(model, optimizer)), data)
+    checkpoints.save_held(step, tables, _dense(model, optimizer), data)
 
 
 def restore(
@@ -59,25 +59,26 @@ def restore(
     Raises:
       CheckpointError: no such step, a damaged one, or one that does not fit.
     """
+    if choice.get("serving"):
+        raise TypeError("restore: serving=True is for a model without an optimizer; leave optimizer out")
     if optimizer is None:
         choice["serving"] = True
     tables = list(_tables(model))
     wanted = [(held, _state(variable, name, optimizer)) for held, variable, name in tables]
     dense = _dense(model, optimizer)
-    found = checkpoints.restore_held(step, wanted, named_leaves(dense), Choice(**choice))
+    found = checkpoints.restore_held(step, wanted, dense, Choice(**choice))
     for (_, variable, name), state in zip(tables, found.tables, strict=True):
         variable.set_value(state.table.reshape(variable.get_value().shape))
         if optimizer is not None:
             optimizer.slots[name].set_value(state.slots)
-    restored = with_leaves(dense, found.dense)
-    nnx.update(model, restored["model"])
+    nnx.update(model, found.dense["model"])
     if optimizer is not None:
-        nnx.update(optimizer, restored["optimizer"])
+        nnx.update(optimizer, found.dense["optimizer"])
     return Restored(found.step, None, None, found.data)
 
 
 def _dense(model: Any, optimizer: Any) -> dict[str, Any]:
-    parts = {"model": nnx.state(model, nnx.Not(Table))}
+    parts = {"model": nnx.state(model, nnx.Not(nnx.Any(Table, Sentinel)))}
     return parts if optimizer is None else {**parts, "optimizer": nnx.state(optimizer, nnx.Not(Slots))}
 
 

@@ -19,6 +19,7 @@ from embax.exchange.pieces import Part, collect, deal
 from embax.planning import TablePlan
 from embax.table_state import TableState
 
+LONGEST_NAME = 255
 IN_FLIGHT = 16  # pieces on their way to or from the disk: a disk takes its time to say that it has them
 
 
@@ -33,8 +34,19 @@ class Piece(NamedTuple):
 
 
 def folder_of(root: Path, table: str, part: str) -> Path:
-    """Returns where an array is; characters that a file system may not take are written as %xx."""
-    return root / urllib.parse.quote(table, safe="") / urllib.parse.quote(part, safe="")
+    """Returns where an array is; dots, and characters that a file system may not take, are written as %xx.
+
+    Raises:
+      ValueError: a name that is too long for a file system, or empty.
+    """
+    quoted = [urllib.parse.quote(name, safe="").replace(".", "%2E") for name in (table, part)]
+    for name, short in zip((table, part), quoted, strict=True):
+        if not 0 < len(short) <= LONGEST_NAME:
+            raise ValueError(
+                f"table {name!r}: its name on disk would have {len(short)} characters, and must have 1 to "
+                f"{LONGEST_NAME}; rename it"
+            )
+    return root / quoted[0] / quoted[1]
 
 
 def turns(tables: Iterable[tuple[Held, TableState]]) -> Iterator[list[Piece]]:

@@ -21,44 +21,50 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     ['layer/kernel', 'steps/0']
     """
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {_name(path): leaf if isinstance(leaf, jax.Array) else _array(leaf) for path, leaf in leaves}
+    named = {}
+    for path, leaf in leaves:
+        name = _name(path)
+        if name in named:
+            raise ValueError(f'dense: two arrays would be called "{name}" in a checkpoint; rename a key')
+        named[name] = _array(name, leaf)
+    return named
 
 
 def with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
-    """Returns a pytree like ``tree`` with the leaves of these names.
-
-    Raises:
-      CheckpointError: the names are not those of the tree.
-    """
+    """Returns a pytree like ``tree`` with the leaves of these names: the inverse of ``named_leaves``."""
     paths, structure = jax.tree.flatten_with_path(tree)
     return jax.tree.unflatten(structure, [leaves[_name(path)] for path, _ in paths])
 
 
-def check_names(folder: Any, stored: dict[str, list], wanted: Any, partial: bool) -> None:
+def check_forms(folder: Any, stored: dict[str, dict], wanted: dict[str, Any], partial: bool) -> None:
     """Raises CheckpointError unless the dense part of a checkpoint has the arrays that are wanted, and no others.
 
     Args:
       folder: of the dense part.
-      stored: ``shapes`` of it.
-      wanted: a pytree of arrays.
+      stored: ``forms_of`` it.
+      wanted: arrays by name.
       partial: whether it may have others.
     """
-    shapes = shapes_of(wanted)
+    shapes = forms_of(wanted)
     found = [f"{name} is not in it" for name in shapes if name not in stored]
     found += [f"{name} is not asked for" for name in stored if name not in shapes and not partial]
     both = [name for name in shapes if name in stored]
-    found += [f"{name} was {stored[name]} and is {shapes[name]}" for name in both if stored[name] != shapes[name]]
+    found += [f"{n} was {_shown(stored[n])} and is {_shown(shapes[n])}" for n in both if stored[n] != shapes[n]]
     if found:
         lines = "\n  ".join(found[:10] + (["..."] if len(found) > 10 else []))
         raise CheckpointError(
-            f"{folder}: the dense part is not like the one asked for:\n  {lines}\npass arrays of the structure and the "
-            "shapes that were saved: build the model and its optimizer as they were"
+            f"{folder}: the dense part is not like the one asked for:\n  {lines}\npass arrays of the structure, shapes "
+            "and dtypes that were saved: build the model and its optimizer as they were"
         )
 
 
-def shapes_of(tree: Any) -> dict[str, list]:
-    """Returns the shapes of a pytree's arrays by their paths."""
-    return {name: list(leaf.shape) for name, leaf in named_leaves(tree).items()}
+def forms_of(leaves: dict[str, Any]) -> dict[str, dict]:
+    """Returns shape and dtype of arrays by their names; the dtype of a key names its generator."""
+    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
+
+
+def _shown(form: dict) -> str:
+    return f"{form['dtype']}{form['shape']}"
 
 
 def placed_as(array: Any, wanted: Any) -> Any:
@@ -73,6 +79,8 @@ def placed_as(array: Any, wanted: Any) -> Any:
 
 def own_table(name: str, table: Table) -> Held:
     """Returns a table that no plan knows, ``[vocabulary_size, embedding_dim]``; layers are one after another."""
+    if table.home is not None and table.home.stack.features:  # of a FeatureEmbed: it knows its tables itself
+        return Held(table.home.stack, table.home.devices, name[: name.rfind("/") + 1])
     if table.home is not None:
         stack = table.home.stack
         renamed = tuple(dataclasses.replace(one, name=name) for one in stack.tables)
@@ -91,12 +99,18 @@ def own_table(name: str, table: Table) -> Held:
             quantization=None,
         ),
         None,
+        layers=math.prod(table.shape[:-2]),
     )
 
 
 def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    # Orbax joins names by dots: one in a name would make it another one.
+    return jax.tree_util.keystr(path, simple=True, separator="/").replace(".", "%2E")
 
 
-def _array(leaf: Any) -> Any:
-    return leaf if hasattr(leaf, "shape") else np.asarray(leaf)
+def _array(name: str, leaf: Any) -> Any:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return leaf
+    if isinstance(leaf, (bool, int, float, complex)):
+        return np.asarray(jnp.asarray(leaf))  # of the dtype that it has in a computation
+    raise TypeError(f"dense: {name or 'the leaf'} is a {type(leaf).__name__}, no array or number; leave it out")

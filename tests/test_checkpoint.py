@@ -18,7 +18,7 @@ import embax
 checkpoint = pytest.importorskip("embax.checkpoint")
 
 NORMAL = jax.nn.initializers.normal(0.37)
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "3"))
 SIZES = {"a": 101, "b": 37, "c/d": 5}
 DIM = 8
 

@@ -28,7 +28,7 @@ settings.load_profile("embax")
 # Long sweeps beside which a shorter one of the same kind stays in `make test`.
 NIGHTLY = (
     ("test_laws.py", ("test_capacity_does_not_matter[reference",)),
-    ("test_transforms.py", ("-plain-eager]", "-prefetched-eager]")),
+    ("test_transforms.py", ("-plain-eager]", "-prefetched-eager]", "-plain]")),
     (
         "test_mesh.py",
         ("test_initial_values_are_those_of_one_device[2]", "test_initial_values_are_those_of_one_device[4]"),

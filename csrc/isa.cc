@@ -1,6 +1,6 @@
 // The kernels for one vector width. CMake compiles this file once for each: EMBAX_ISA names the copy.
 
-#include "gather_pool.h"
+#include "gather_present.h"
 #include "kernels.h"
 #include "quantized.h"
 #include "step.h"

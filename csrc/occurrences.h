@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "absent.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "portable.h"
@@ -51,7 +52,7 @@ class PresentIds {
       : ids_(ids), rows_(static_cast<uint64_t>(rows)), sample_of_(sample_of), chunks_(chunks), last_(ids.capacity) {
     // Rising offsets give every position between the first and the last of them to one sample.
     if (ids.offsets != nullptr) first_ = bound(ids.offsets[0]), last_ = bound(ids.offsets[ids.samples]);
-    often_absent_ = ids.offsets != nullptr && is_often_absent();
+    often_absent_ = ids.offsets != nullptr && EMBAX_ISA::often_absent(ids.ids + first_, last_ - first_, rows);
   }
 
   int64_t chunks() const { return chunks_; }
@@ -64,18 +65,7 @@ class PresentIds {
     const int32_t* ids = ids_.ids;
     const uint64_t rows = rows_;
     if (ids_.offsets == nullptr) return own(chunk, [=](int64_t, uint32_t row, int64_t) { use(row); });
-    if (often_absent_) {
-      uint32_t kept[kTogether + 1];
-      for (int64_t j = edge(chunk); j < last;) {
-        int64_t count = 0;
-        for (const int64_t end = std::min(last, j + kTogether); j < end; ++j) {
-          kept[count] = static_cast<uint32_t>(ids[j]);
-          count += is_below(ids[j], rows);
-        }
-        for (int64_t i = 0; i < count; ++i) use(kept[i]);
-      }
-      return;
-    }
+    if (often_absent_) return rows_kept(edge(chunk), last, use);
     for (int64_t j = edge(chunk); j < last; ++j) {
       if (is_below(ids[j], rows)) use(static_cast<uint32_t>(ids[j]));
     }
@@ -116,10 +106,24 @@ class PresentIds {
     }
   }
 
-  // The same where many ids are absent, as where a mesh's ids go to all devices: a processor cannot guess which, and each
-  // wrong guess costs more than a place in an array.
+  // The same two where many ids are absent: a wrong guess costs more than a place in an array.
   template <typename Use>
-  EMBAX_INLINE void each_kept(int64_t j, int64_t last, int64_t sample, const Use use) const {
+  EMBAX_APART void rows_kept(int64_t j, int64_t last, const Use use) const {
+    const int32_t* ids = ids_.ids;
+    const uint64_t rows = rows_;
+    uint32_t kept[kTogether + 1];
+    while (j < last) {
+      int64_t count = 0;
+      for (const int64_t end = std::min(last, j + kTogether); j < end; ++j) {
+        kept[count] = static_cast<uint32_t>(ids[j]);
+        count += is_below(ids[j], rows);
+      }
+      for (int64_t i = 0; i < count; ++i) use(kept[i]);
+    }
+  }
+
+  template <typename Use>
+  EMBAX_APART void each_kept(int64_t j, int64_t last, int64_t sample, const Use use) const {
     struct Kept {
       int32_t place, sample;
       uint32_t row;
@@ -140,16 +144,6 @@ class PresentIds {
       }
     }
     put();
-  }
-
-  // A few ids are looked at; nothing but speed depends on the answer.
-  bool is_often_absent() const {
-    constexpr int64_t kLooks = 64;
-    int64_t absent = 0;
-    for (int64_t i = 0; i < kLooks && last_ - first_ >= kLooks; ++i) {
-      absent += !is_below(ids_.ids[first_ + i * (last_ - first_) / kLooks], rows_);
-    }
-    return absent >= kLooks / 8;
   }
 
   // The same where ids say themselves whose they are.

@@ -124,11 +124,30 @@ class Sum {
 
 constexpr int64_t kSmallestRange = 128;
 
+// The marks of touched rows, behind table and slots.
+std::optional<std::string> place_touched(const ffi::RemainingArgs& args, ffi::RemainingRets& rets, size_t at,
+                                         int64_t rows, Step& step) {
+  const auto from = args.get<ffi::AnyBuffer>(at);
+  auto to = rets.get<ffi::AnyBuffer>(at);
+  if (!from.has_value() || !to.has_value()) return "the marks of touched rows must be an array";
+  const auto fits = [&](const ffi::AnyBuffer& buffer) {
+    const auto shape = buffer.dimensions();
+    return buffer.element_type() == ffi::U8 && shape.size() == 1 && shape[0] == rows;
+  };
+  if (!fits(*from) || !fits(**to)) return "the marks of touched rows must be uint8 [rows]";
+  step.touched = static_cast<uint8_t*>((*to)->untyped_data());
+  const void* given = from->untyped_data();
+  if (step.touched != given) std::memcpy(step.touched, given, static_cast<size_t>(rows));
+  advise_table(step.touched, static_cast<size_t>(rows));
+  return std::nullopt;
+}
+
 // Where table and slots are; the results lie where the arguments did, or else are made so.
 std::optional<std::string> place(const ffi::RemainingArgs& args, ffi::RemainingRets& rets, const Known& known,
                                  Step& step, int64_t& rows) {
   const int slots = known.element_slots + known.row_slot;
-  if (rets.size() != static_cast<size_t>(1 + slots) || args.size() < rets.size()) {
+  const size_t state = static_cast<size_t>(1 + slots);
+  if (rets.size() < state || rets.size() > state + 1 || args.size() < rets.size()) {
     return std::string(known.name) + " takes a table and " + std::to_string(slots) + " slots";
   }
   for (int i = 0; i <= slots; ++i) {
@@ -152,11 +171,13 @@ std::optional<std::string> place(const ffi::RemainingArgs& args, ffi::RemainingR
       step.slots[i - 1] = static_cast<float*>(data);
     }
   }
+  if (rets.size() > state) return place_touched(args, rets, state, rows, step);
   return std::nullopt;
 }
 
 // Operands: the batch, an activation that is not read (the update comes after the lookup for its sake), scalars, then
-// table and slots, which are the results too, then the gradients of each feature.
+// table and slots and the marks of touched rows if there are any, which are the results too, then the gradients of each
+// feature.
 ffi::Error update(ffi::ThreadPool pool, IntVector ids_buffer, IntVector offsets, IntVector samples, FloatVector gains,
                   ffi::AnyBuffer, HyperVector hyper, HyperVector modifiers, Seed seed, ffi::RemainingArgs args,
                   ffi::RemainingRets rets, std::string_view optimizer, bool stochastic) {

@@ -108,6 +108,7 @@ struct Step {
   Dtype dtype;
   int64_t dim;
   float* slots[kMaxSlots];
+  uint8_t* touched;  // [rows], or nullptr: set to 1 for the rows that are stepped
   const float* hyper;
   float clip_norm, l2, decay;  // infinity, 0, 0: none of them
   bool stochastic;

@@ -235,6 +235,7 @@ struct StepAhead {
     if constexpr (Optimizer::kElementSlots > 0) slot0.ask(row);
     if constexpr (Optimizer::kElementSlots > 1) slot1.ask(row);
     if constexpr (Optimizer::kRowSlot) EMBAX_PREFETCH(work.slots[Optimizer::kElementSlots] + row);
+    if (work.touched != nullptr) EMBAX_PREFETCH(work.touched + row);
     if (work.gradients.far) gradient.ask_at(gradient_of(work, place_at(work, entry), gradient.bytes));
   }
 
@@ -270,7 +271,9 @@ void step_rows(const Step& work, int64_t first, int64_t last, float* sum, int64_
     const int64_t end = run_end(work, begin);
     if (end - begin > kHot && asked < end) asked = end;  // its gradients are summed already
     asked = ahead.ask_until(work, asked, end);
-    step_row<Optimizer, T>(work, c, row_at(work, begin), row_gradient(work, begin, end, sum));
+    const int64_t row = row_at(work, begin);
+    step_row<Optimizer, T>(work, c, row, row_gradient(work, begin, end, sum));
+    if (work.touched != nullptr) work.touched[row] = 1;
     begin = end;
   }
 }

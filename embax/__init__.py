@@ -69,6 +69,7 @@ from embax.table_state import init_slots as init_slots
 from embax.table_state import to_arrays as to_arrays
 from embax.take import take as take
 from embax.take import take_gradient as take_gradient
+from embax.touched import track as track
 from embax.update import apply_row_gradients as apply_row_gradients
 from embax.update import apply_rows as apply_rows
 from embax.update import row_gradients as row_gradients

@@ -42,6 +42,11 @@ def slot_specs(stack: StackPlan, devices: Devices) -> Any:
     return map_slots(lambda slot: row_wise if slot.row_wise else rows, stack.optimizer.slots())
 
 
+def touched_spec(stack: StackPlan, devices: Devices) -> P:
+    """Returns how the marks of touched rows of a stack are split."""
+    return P(table_spec(stack, devices)[0])
+
+
 def initial_rows(initializer: Any, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
     """Returns what ``initializer`` makes, inside of jit as outside; ValueError unless of that shape and dtype.
 
@@ -91,20 +96,21 @@ def _apart(eqn: Any, values: list) -> list:
 
 def empty_rows(stack: StackPlan, devices: Devices) -> jax.Array:
     """Returns rows of zeros, each device's made there."""
-    return _full((stack.stored_rows, stack.embedding_dim), stack.dtype, 0, devices.sharding(table_spec(stack, devices)))
+    return full((stack.stored_rows, stack.embedding_dim), stack.dtype, 0, devices.sharding(table_spec(stack, devices)))
 
 
 def fresh_slots(stack: StackPlan, devices: Devices) -> Any:
     """Returns the initial slot variables."""
     shape = (stack.stored_rows, stack.embedding_dim)
 
-    def full(slot, spec):
-        return _full(slot.shape(shape), slot.dtype, slot.initial_value, devices.sharding(spec))
+    def fresh(slot, spec):
+        return full(slot.shape(shape), slot.dtype, slot.initial_value, devices.sharding(spec))
 
-    return map_slots(full, stack.optimizer.slots(), slot_specs(stack, devices))
+    return map_slots(fresh, stack.optimizer.slots(), slot_specs(stack, devices))
 
 
-def _full(shape: tuple[int, int], dtype: Any, value: Any, sharding: Any) -> jax.Array:
+def full(shape: tuple[int, ...], dtype: Any, value: Any, sharding: Any) -> jax.Array:
+    """Returns an array of one value, each device's part made there."""
     return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=sharding)()
 
 

@@ -38,14 +38,18 @@ SMALLEST_BLOCK = 1024
 
 
 class TableState(NamedTuple):
-    """A stack's rows ``[rows, embedding_dim]`` and the slot variables beside them, by name."""
+    """A stack's rows ``[rows, embedding_dim]`` and the slot variables beside them, by name.
+
+    ``touched`` says which rows were written since a checkpoint, where that is tracked (``embax.track``).
+    """
 
     table: Any
     slots: Any
+    touched: Any = None
 
     def table_arrays(self) -> list[Any]:
         """Returns the arrays, for ``check_step``."""
-        return jax.tree.leaves(tuple(self))
+        return jax.tree.leaves((self.table, self.slots))
 
 
 def init(plan: Plan, key: jax.Array) -> dict[str, TableState]:
@@ -358,6 +362,12 @@ def check_slots(plan: Plan, tables: Mapping[str, TableState]) -> None:
             raise ValueError(
                 f'stack "{stack.name}": the slot variables given are not those of {type(stack.optimizer).__name__}; '
                 "pass the tables that init made for this plan, or make fresh slots with embax.from_arrays"
+            )
+        touched = tables[stack.name].touched
+        if touched is not None and jnp.shape(touched.rows) != _stored_shape(plan, stack)[:1]:
+            raise ValueError(
+                f'stack "{stack.name}": {jnp.shape(touched.rows)} rows are tracked, and the stack has '
+                f"{_stored_shape(plan, stack)[:1]}; pass the tables that embax.track made for this plan"
             )
 
 

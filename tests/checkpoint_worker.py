@@ -1,4 +1,7 @@
-"""Trains and saves every step until it is killed: ``python checkpoint_worker.py FOLDER MODE STEPS``."""
+"""Trains and saves every step until it is killed: ``python checkpoint_worker.py FOLDER MODE STEPS``.
+
+MODE has the words asynchronous, synchronous and incremental, joined by "-".
+"""
 
 import sys
 
@@ -46,16 +49,21 @@ def main(folder, mode, steps):
     """Goes on from the newest step there is."""
     shared = plan()
     tables, dense = begin(shared)
-    step = stepper(shared)
-    with Checkpoints(folder, keep=2, asynchronous=mode == "asynchronous") as checkpoints:
+    step, incremental = stepper(shared), "incremental" in mode
+    if incremental:
+        tables = embax.track(shared, tables)
+    with Checkpoints(folder, keep=2, asynchronous="synchronous" not in mode.split("-"), deltas=5) as checkpoints:
         first = 0
         if checkpoints.steps():
-            found = checkpoints.restore(shared, dense=dense)
+            found = checkpoints.restore(shared, dense=dense, track=incremental)
             tables, dense, first = found.tables, found.dense, found.data["next"]
         for number in range(first, steps):
             tables, dense = step(tables, dense, number)
-            checkpoints.save(number, shared, tables, dense=dense, data={"next": number + 1})
+            tables = checkpoints.save(number, shared, tables, dense=dense, data={"next": number + 1})
             print("saving", number, flush=True)
+            if incremental and number % 3 == 2:
+                checkpoints.compact()
+                print("saving", number, flush=True)
     print("done", flush=True)
 
 

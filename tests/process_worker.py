@@ -197,15 +197,33 @@ def raise_in_one(rank, count, out):
 
 
 def save_and_load(rank, count, out):
-    """Loads the newest step into every case in turn, and saves it again as the next step."""
+    """Loads the newest step into every case in turn, trains, and saves all, and what changed as the next step."""
     from embax.checkpoint import Checkpoints
 
     with Checkpoints(os.path.join(os.path.dirname(out), "steps"), keep=None) as checkpoints:
-        for number, case in enumerate(runnable(), start=1):
+        for number, case in enumerate(runnable()):
             plan = plan_of(case)
-            found = checkpoints.restore(plan, dense=dense(plan, 0.0))
-            assert found.step == number - 1 and found.data == {"epoch": number - 1}
-            checkpoints.save(number, plan, found.tables, dense=found.dense, data={"epoch": number})
+            found = checkpoints.restore(plan, dense=dense(plan, 0.0), track=True)
+            assert found.step == 2 * number and found.data == {"epoch": number}
+            part = (rank, count) if case != "across" else (0, 1)
+            batch = embax.preprocess(plan, few_ids(number, *part))
+            activations, residuals = embax.lookup(plan, found.tables, batch)
+            tables = embax.update(plan, found.tables, residuals, gradients(activations, jnp.int32(number)), number)
+            rest = {"dense": found.dense, "data": {"epoch": number + 1}}
+            untracked = {name: state._replace(touched=None) for name, state in tables.items()}
+            checkpoints.save(2 * number + 1, plan, untracked, **rest)
+            checkpoints.save(2 * number + 2, plan, tables, **rest)
+
+
+def few_ids(step, part, parts):
+    """Returns as ``ids`` does a batch that names few rows."""
+    own = slice(SAMPLES * part // parts, SAMPLES * (part + 1) // parts)
+    numbers = np.arange(SAMPLES)[own]
+    return {
+        "history": [np.array([n % 5, 11 + step]) for n in numbers],
+        "shown": np.zeros((len(numbers), 3), np.int64) + 7,
+        "user": (numbers % 3 + step)[:, None],
+    }
 
 
 def dense(plan, value):

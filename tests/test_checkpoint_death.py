@@ -43,10 +43,13 @@ def _same(found, wanted):
 @pytest.mark.parametrize(
     ("mode", "deaths"),
     [
-        ("asynchronous", 2),
+        ("asynchronous-incremental", 2),
+        pytest.param("asynchronous", 3, marks=pytest.mark.nightly),
         pytest.param("synchronous", 3, marks=pytest.mark.nightly),
         pytest.param("asynchronous", 25, marks=pytest.mark.nightly),
         pytest.param("synchronous", 25, marks=pytest.mark.nightly),
+        pytest.param("asynchronous-incremental", 25, marks=pytest.mark.nightly),
+        pytest.param("synchronous-incremental", 25, marks=pytest.mark.nightly),
     ],
 )
 def test_killed_at_any_moment(tmp_path, mode, deaths):

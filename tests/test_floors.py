@@ -22,6 +22,7 @@ FLOORS = (
     ("planning", 1),
     ("sharded_tables", 1),
     ("table_state", 1),
+    ("touched", 1),
     ("id_batch", 1),
     ("row_gradients", 1),
     ("id_forms", 2),

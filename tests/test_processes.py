@@ -1,5 +1,6 @@
 """Two processes of 4 devices each do what one process of 8 does, bit for bit, and do not outlive each other."""
 
+import json
 import os
 import signal
 import socket
@@ -99,24 +100,31 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_checkpoints_of_two_processes(tmp_path):
-    """Saved by one process, loaded and saved again by two in every case, loaded by one device."""
+    """Saved by one process, loaded, trained and saved again by two in every case, loaded by one device."""
     pytest.importorskip("orbax.checkpoint")
     from embax.checkpoint import Checkpoints
 
     plan = worker.plan_of("across")
-    tables, alone = worker.given(plan), embax.plan(worker.features())
+    tables, alone = embax.track(plan, worker.given(plan)), embax.plan(worker.features())
     with Checkpoints(tmp_path / "steps", keep=None) as checkpoints:
         checkpoints.save(0, plan, tables, dense=worker.dense(plan, 1.5), data={"epoch": 0})
     with Processes("save_and_load", tmp_path) as two:
         for rank in range(COUNT):
             assert two.wait(rank) == 0, two.log(rank)
     with Checkpoints(tmp_path / "steps", keep=None) as checkpoints:
-        assert checkpoints.steps() == list(range(len(worker.runnable()) + 1))
-        found = checkpoints.restore(alone, dense=worker.dense(plan, 0.0))
-    np.testing.assert_array_equal(found.dense["w"], [1.5] * 3)
-    wanted = worker.flat(embax.to_arrays(plan, tables))
-    for name, values in worker.flat(embax.to_arrays(alone, found.tables)).items():
-        np.testing.assert_array_equal(values, wanted[name], err_msg=name)
+        cases = len(worker.runnable())
+        assert checkpoints.steps() == list(range(2 * cases + 1))
+        for case in range(cases):
+            whole, changed = (
+                checkpoints.restore(alone, dense=worker.dense(plan, 0.0), step=2 * case + more) for more in (1, 2)
+            )
+            np.testing.assert_array_equal(changed.dense["w"], [1.5] * 3)
+            wanted = worker.flat(embax.to_arrays(alone, whole.tables))
+            for name, values in worker.flat(embax.to_arrays(alone, changed.tables)).items():
+                np.testing.assert_array_equal(values, wanted[name], err_msg=name)
+    document = json.loads((tmp_path / "steps" / str(2 * cases) / "embax" / "embax.json").read_text())["checkpoint"]
+    assert len(document["deltas"]) == cases
+    assert any(name.startswith("tables/delta.0/") and "/1/c/" in name for name in document["files"])
 
 
 def _train(case):

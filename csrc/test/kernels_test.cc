@@ -245,8 +245,9 @@ void test_distinct(Threads& pool) {
 
 // A table with its slots, and copies of them.
 struct State {
-  explicit State(Array<char> numbers) : table(std::move(numbers)) {}
+  State(Array<char> numbers, int64_t rows) : table(std::move(numbers)), touched(rows) {}
   Array<char> table;
+  Array<uint8_t> touched;
   Array<float> slots[kMaxSlots] = {Array<float>(), Array<float>()};
 };
 
@@ -274,7 +275,7 @@ void test_update(Threads& pool, const Kernels& copy, const Case& c, Threads& alo
   const Batch batch = batch_of(c.form, c.capacity, c.samples, c.rows, c.gained);
   if (batch.view.samples == 0) return;
   Blocks blocks = gradients_of(c.gradient_dtype, batch.view.samples, c.dim, c.blocks);
-  State state(numbers(c.dtype, c.rows * c.dim));
+  State state(numbers(c.dtype, c.rows * c.dim), c.rows);
   for (int s = 0; s < known.element_slots + known.row_slot; ++s) {
     state.slots[s] = floats(c.rows * (s < known.element_slots ? c.dim : 1), true);
   }
@@ -287,6 +288,7 @@ void test_update(Threads& pool, const Kernels& copy, const Case& c, Threads& alo
     step.dtype = c.dtype;
     step.dim = c.dim;
     for (int s = 0; s < kMaxSlots; ++s) step.slots[s] = on.slots[s].data();
+    step.touched = on.touched.data();
     step.hyper = hyper;
     step.clip_norm = c.modified ? 1.0f : INFINITY;
     step.l2 = c.modified ? 0.01f : 0.0f;
@@ -310,6 +312,11 @@ void test_update(Threads& pool, const Kernels& copy, const Case& c, Threads& alo
       plain::put(sums.data(), Dtype::kFloat32, at * c.dim + d, sum[static_cast<size_t>(d)]);
     ++at;
     known.step(plainly, row, sum);
+    state.touched[row] = 1;
+  }
+  for (int64_t row = 0; row < c.rows; ++row) {
+    EMBAX_CHECK(got.touched[row] == state.touched[row] && other.touched[row] == state.touched[row], "%s, mark of row %ld",
+                copy.name, static_cast<long>(row));
   }
   if (!c.stochastic) check_same(got.table, state.table, c.dtype, known.name, copy.name, c.dim);
   for (int s = 0; s < kMaxSlots; ++s) {

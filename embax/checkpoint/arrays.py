@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import tensorstore
 
 from embax.checkpoint.errors import CheckpointError
@@ -40,8 +41,13 @@ def create(folder: Path, shape: tuple[int, int], dtype: Any) -> Any:
     return tensorstore.open(spec, create=True, open=True).result()
 
 
-def open_array(folder: Path, shape: tuple[int, int], dtype: Any) -> Any:
+def open_array(folder: Path, shape: tuple[int | None, int], dtype: Any) -> Any:
     """Returns the array on disk, to be read.
+
+    Args:
+      folder: of it.
+      shape: that it must have; None for any number of rows.
+      dtype: that it must have.
 
     Raises:
       CheckpointError: it is not there, damaged, or not of that shape and dtype.
@@ -50,12 +56,21 @@ def open_array(folder: Path, shape: tuple[int, int], dtype: Any) -> Any:
         array = tensorstore.open(_spec(folder), open=True, read=True).result()
     except ValueError as error:
         raise damaged(folder / "zarr.json", error) from error
-    if array.shape != tuple(shape) or array.dtype.name != jnp.dtype(dtype).name:
+    rows = array.shape[0] if shape[0] is None else shape[0]
+    if array.shape != (rows, shape[1]) or array.dtype.name != jnp.dtype(dtype).name:
         raise CheckpointError(
             f"{folder / 'zarr.json'}: the array is {array.dtype.name}{list(array.shape)}, and the document of the "
-            f"checkpoint says {jnp.dtype(dtype).name}{list(shape)}: not of one checkpoint; load another step"
+            f"checkpoint says {jnp.dtype(dtype).name}{[rows, shape[1]]}: not of one checkpoint; load another step"
         )
     return array
+
+
+def arrived(future: Any, folder: Path) -> np.ndarray:
+    """Returns what was read of the array in ``folder``; CheckpointError if it is damaged."""
+    try:
+        return future.result()
+    except ValueError as error:
+        raise damaged(folder, error) from error
 
 
 def damaged(path: Any, error: Any) -> CheckpointError:

@@ -10,17 +10,21 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from embax.checkpoint.compaction import compact_step
 from embax.checkpoint.described import described
-from embax.checkpoint.document import read_document
+from embax.checkpoint.document import ADDED, read_document
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.handlers import DENSE, DOCUMENT, TABLES, DocumentArgs, TablesArgs, registry
 from embax.checkpoint.held import Held, check_names, held_by, states_of
+from embax.checkpoint.increments import base_of, is_tracked, new_mark
 from embax.checkpoint.loading import Choice, Wanted, check_fits, load
 from embax.checkpoint.tables import folder_of
 from embax.checkpoint.trees import check_forms, forms_of, named_leaves, placed_as, with_leaves
 from embax.planning import Plan
 from embax.table_state import TableState, check_slots
+from embax.touched import untouched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Checkpoints:
       keep_every: steps that are multiples of it stay, too.
       asynchronous: ``save`` copies the tables to the host and returns; files are written while training goes on. False
         writes before it returns, with the memory of a few pieces.
+      deltas: of tables that are tracked (``embax.track``) a save writes only the rows written since the step before, so
+        many times in a row at most; then, or when that would be half of everything, all rows again. 0 for never.
 
     >>> import tempfile, jax, embax, embax.checkpoint
     >>> table = embax.TableSpec(name="item", vocabulary_size=6, embedding_dim=2, combiner="sum",
@@ -60,20 +66,28 @@ class Checkpoints:
     >>> plan = embax.plan(embax.FeatureSpec(name="x", table_spec=table, input_shape=(None,), output_shape=(None, 2)))
     >>> tables = embax.init(plan, jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder, embax.checkpoint.Checkpoints(folder) as checkpoints:
-    ...     checkpoints.save(7, plan, tables, data={"epoch": 1})
+    ...     tables = checkpoints.save(7, plan, tables, data={"epoch": 1})
     ...     found = checkpoints.restore(plan)
     >>> found.step, found.tables["item"].table.shape, found.data
     (7, (6, 2), {'epoch': 1})
     """
 
     def __init__(
-        self, directory: Any, *, keep: int | None = 3, keep_every: int | None = None, asynchronous: bool = True
+        self,
+        directory: Any,
+        *,
+        keep: int | None = 3,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        deltas: int = 16,
     ):
         if "://" in str(directory):
             raise ValueError(f"Checkpoints: {str(directory)!r} is no folder of this machine; give one that is mounted")
         if keep is not None and keep < 1:
             raise ValueError(f"Checkpoints: keep={keep} must be at least 1, or None to keep all")
-        self.directory, self._asynchronous = Path(directory).absolute(), asynchronous
+        if not isinstance(deltas, int) or deltas < 0:
+            raise ValueError(f"Checkpoints: deltas={deltas!r} must be an integer of at least 0; 0 for none")
+        self.directory, self._asynchronous, self._deltas = Path(directory).absolute(), asynchronous, deltas
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"Checkpoints: {self.directory} is a file; name a folder")
         self._under_way: int | None = None
@@ -84,8 +98,10 @@ class Checkpoints:
 
     def save(
         self, step: int, plan: Plan, tables: Mapping[str, TableState], *, dense: Any = None, data: Any = None
-    ) -> None:
-        """Saves a step; what is under way of the step before is waited for.
+    ) -> dict[str, TableState]:
+        """Saves a step, and returns the tables to go on with; what is under way of the step before is waited for.
+
+        Those are the tables given; where they are tracked, none of their rows is marked as written since.
 
         Args:
           step: of training, above those that are there.
@@ -100,10 +116,11 @@ class Checkpoints:
           TypeError: data that JSON does not have.
         """
         check_slots(plan, tables)
-        self.save_held(step, states_of(held_by(plan), tables), dense, data)
+        states = self.save_held(step, states_of(held_by(plan), tables), dense, data)
+        return dict(zip([stack.name for stack in plan.stacks], states, strict=True))
 
-    def save_held(self, step: int, tables: list[tuple[Held, TableState]], dense: Any, data: Any) -> None:
-        """Saves a step of tables wherever they are held; see ``save``."""
+    def save_held(self, step: int, tables: list[tuple[Held, TableState]], dense: Any, data: Any) -> list[TableState]:
+        """Saves a step of tables wherever they are held, and returns their states to go on with; see ``save``."""
         step, leaves = self._checked_step(step), named_leaves(dense)
         check_names([held for held, _ in tables])
         for held, state in tables:
@@ -113,12 +130,24 @@ class Checkpoints:
             data = json.loads(json.dumps(data, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"save: data is not of JSON ({error}); give numbers, texts, lists and dicts") from None
-        body = {"step": step, "tables": described(tables), "dense": forms_of(leaves) if leaves else None, "data": data}
-        items: dict[str, Any] = {TABLES: TablesArgs(tables, not self._asynchronous), DOCUMENT: DocumentArgs(body)}
+        known = described(tables)
+        body = {"step": step, "tables": known, "dense": forms_of(leaves) if leaves else None, "data": data, **ADDED}
+        base, body["mark"] = None, new_mark() if is_tracked(tables) else 0
+        if body["mark"]:
+            base = base_of(self.directory, self.steps(), tables, known, self._deltas)
+        if base is not None:
+            body |= {"base": base.body["base"], "deltas": [*base.body["deltas"], base.delta]}
+        items: dict[str, Any] = {
+            TABLES: TablesArgs(tables, not self._asynchronous, base),
+            DOCUMENT: DocumentArgs(body, base.files() if base else {}),
+        }
         if leaves:
             items[DENSE] = ocp.args.StandardSave(leaves)
         self._under_way = step
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        if not body["mark"]:
+            return [state for _, state in tables]
+        return [s._replace(touched=untouched(held.stack, held.devices, body["mark"])) for held, s in tables]
 
     def restore(self, plan: Plan, *, step: int | None = None, dense: Any = None, **choice: Any) -> Restored:
         """Returns a step, its tables as those of ``plan``.
@@ -127,7 +156,7 @@ class Checkpoints:
           plan: whose tables are wanted: on any devices, stacked and placed anyhow, of any dtype.
           step: None for the newest.
           dense: a pytree like the one saved, of arrays or ``jax.ShapeDtypeStruct`` with shardings; None for none.
-          choice: as for ``Choice``: key, rename, accept, fresh_slots, serving, shrink.
+          choice: as for ``Choice``: key, rename, accept, fresh_slots, serving, shrink, track.
 
         Raises:
           CheckpointError: no such step, a damaged one, or tables that do not fit: all differences are listed.
@@ -151,8 +180,19 @@ class Checkpoints:
             )
         check_fits(folder, body["tables"], wanted, choice)
         found = self._dense(folder, body, dense, choice.serving)
-        tables = [load(folder / TABLES, body["tables"], held, state, choice) for held, state in wanted]
+        tables = [load(folder / TABLES, body, held, state, choice) for held, state in wanted]
         return Restored(step, tables, found, body["data"])
+
+    def compact(self, step: int | None = None) -> None:
+        """Lays the deltas of a step over its tables, on disk, so that it has tables alone; None for the newest.
+
+        A death at any moment leaves the step as it was, or as it shall be. The memory of a few pieces is needed.
+        """
+        self.wait()
+        step = self._step(step)
+        if jax.process_index() == 0:
+            compact_step(self.directory / str(step))
+        multihost_utils.sync_global_devices("embax.compact")
 
     def delete(self, step: int) -> None:
         """Deletes a step; CheckpointError if there is none of that number."""

@@ -24,23 +24,18 @@ def described(tables: Iterable[tuple[Held, TableState | None]]) -> dict[str, dic
     Args:
       tables: as they are held, and their states: what is without slot variables is so described; None for all of them.
     """
-    return {
-        held.name(table): _table(held, table, state is None or bool(len(state.slots)))
-        for held, state in tables
-        for table in held.stack.tables
-    }
+    return {held.name(table): _table(held, table, state) for held, state in tables for table in held.stack.tables}
 
 
-def _table(held: Held, table: TablePlan, with_slots: bool) -> dict:
+def _table(held: Held, table: TablePlan, state: TableState | None) -> dict:
     stack = held.stack
     shape, slots = (table.vocabulary_size, stack.embedding_dim), stack.optimizer.slots()
-    named = zip(slot_names(stack.optimizer), slots, strict=True)
-    parts = {"table": {"dtype": stack.dtype, "rows": shape[0], "width": shape[1]}}
-    if not with_slots:
-        named = ()
-    parts.update(
-        {n: {"dtype": jnp.dtype(s.dtype).name, "rows": shape[0], "width": s.shape(shape)[1]} for n, s in named}
-    )
+    if state is None:
+        named = dict(zip(slot_names(stack.optimizer), slots, strict=True))
+        forms = {"table": (stack.dtype, shape[1])} | {n: (s.dtype, s.shape(shape)[1]) for n, s in named.items()}
+    else:  # of the arrays: somebody may have cast them
+        forms = {name: (array.dtype, array.shape[1]) for name, array in held.parts(state).items()}
+    parts = {n: {"dtype": jnp.dtype(kind).name, "rows": shape[0], "width": width} for n, (kind, width) in forms.items()}
     return {
         "vocabulary_size": shape[0],
         "layers": held.layers,

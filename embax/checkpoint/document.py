@@ -5,18 +5,26 @@ It is written last. A folder without it, or with another number of bytes in a fi
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from embax.checkpoint.errors import CheckpointError
 
-FORMAT, VERSION, NAME = "embax-checkpoint", 1, "embax.json"
+FORMAT, VERSION, NAME = "embax-checkpoint", 2, "embax.json"
+# Version 1 had no deltas.
+ADDED = {"mark": 0, "base": "", "deltas": []}
 
 
-def write_document(folder: Path, body: dict, root: Path) -> None:
-    """Writes the document of ``body`` into ``folder``, with every file of the folders in ``root``."""
-    body = {"format": FORMAT, "version": VERSION, **body, "files": _files(root)}
-    (folder / NAME).write_text(json.dumps({"sha256": _digest(body), "checkpoint": body}, indent=1))
+def write_document(folder: Path, body: dict, files: dict[str, dict]) -> None:
+    """Writes the document of ``body`` and its files into ``folder``, in one moment in place of one that is there."""
+    body = {**body, "format": FORMAT, "version": VERSION, "files": files}
+    unfinished = folder / (NAME + ".unfinished")
+    with unfinished.open("w") as file:
+        file.write(json.dumps({"sha256": _digest(body), "checkpoint": body}, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, folder / NAME)
 
 
 def read_document(folder: Path, root: Path) -> dict:
@@ -25,6 +33,14 @@ def read_document(folder: Path, root: Path) -> dict:
     Raises:
       CheckpointError: no document, one that is damaged, foreign or newer, or files that are missing, short or changed.
     """
+    body = read_body(folder, root)
+    for name, known in body["files"].items():
+        _check_file(root / name, known)
+    return body
+
+
+def read_body(folder: Path, root: Path) -> dict:
+    """Returns the document's body, without a look at the files; errors as ``read_document``."""
     path = folder / NAME
     try:
         text = path.read_text()
@@ -41,21 +57,30 @@ def read_document(folder: Path, root: Path) -> dict:
         raise CheckpointError(f"{path}: not a document of embax, or a damaged one; load another step") from error
     if kind != FORMAT:
         raise CheckpointError(f"{path}: the format is {kind!r}, and not {FORMAT!r}; it was not written by embax")
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise CheckpointError(
-            f"{path}: the format has version {version!r}, and this embax reads {VERSION}; install a newer embax"
+            f"{path}: the format has version {version!r}, and this embax reads 1 and {VERSION}; install a newer embax"
         )
     if digest != _digest(body):
         raise CheckpointError(f"{path}: the checksum does not fit: the document was changed; load another step")
-    for name, known in body["files"].items():
-        _check_file(root / name, known)
-    return body
+    return {**ADDED, **body}
 
 
-def _files(root: Path) -> dict[str, dict]:
-    # What lies in `root` itself is Orbax's, who writes there once more when all is done.
+def files_of(root: Path, known: dict[str, dict]) -> dict[str, dict]:
+    """Returns what a document says of every file of the folders in ``root``.
+
+    Args:
+      root: the folder of a step. What lies in it itself is Orbax's, who writes there once more when all is done.
+      known: what is known of some of them.
+    """
     paths = sorted(path for folder in root.iterdir() if folder.is_dir() for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): _known(root, path) for path in paths if path.name != NAME}
+    names = {str(path.relative_to(root)): path for path in paths if NAME not in path.name}
+    return {name: known.get(name) or _known(root, path) for name, path in names.items()}
+
+
+def tables_among(files: dict[str, dict]) -> dict[str, dict]:
+    """Returns those of a document's files that are of tables: not what Orbax writes beside them."""
+    return {name: known for name, known in files.items() if name.startswith("tables/") and name.count("/") > 1}
 
 
 def _known(root: Path, path: Path) -> dict[str, Any]:
@@ -64,8 +89,8 @@ def _known(root: Path, path: Path) -> dict[str, Any]:
 
 
 def _is_piece(parts: tuple[str, ...]) -> bool:
-    """Returns whether a file of a step is a piece of a table, which ends in a checksum of itself."""
-    return len(parts) == 6 and parts[0] == "tables" and parts[3] == "c"
+    """Returns whether a file of a step is a piece of an array, which ends in a checksum of itself."""
+    return parts[0] == "tables" and len(parts) > 5 and parts[-3] == "c" and parts[-1] == "0"
 
 
 def _sum(path: Path, kind: str) -> str:

@@ -2,18 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from embax.checkpoint import arrays
+from embax.checkpoint.deltas import source_of
 from embax.checkpoint.document import read_document
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.handlers import DOCUMENT, TABLES
-from embax.checkpoint.tables import folder_of
+from embax.checkpoint.tables import Source
 
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "uint32": "U32"}
 
@@ -49,38 +48,23 @@ def export_table(step: Any, table: str, path: Any) -> None:
     writers = {".safetensors": _write_safetensors, ".parquet": _write_parquet}
     if path.suffix not in writers:
         raise ValueError(f"export_table: {path.name!r} must end in one of {', '.join(writers)}")
-    parts = body["tables"][table]["parts"]
-    stored = {n: arrays.open_array(folder_of(folder / TABLES, table, n), *_form(known)) for n, known in parts.items()}
+    parts = {part: source_of(folder / TABLES, body, table, part) for part in body["tables"][table]["parts"]}
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        writers[path.suffix](unfinished, parts, stored, folder)
+        writers[path.suffix](unfinished, parts)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _form(known: dict) -> tuple[tuple[int, int], str]:
-    return (known["rows"], known["width"]), known["dtype"]
-
-
-def _pieces(known: dict, array: Any, folder: Path) -> Iterator[np.ndarray]:
-    shape, dtype = _form(known)
-    size = arrays.piece_rows(*shape, dtype)
-    for first in range(0, shape[0], size):
-        try:
-            yield array[first : min(first + size, shape[0])].read().result()
-        except ValueError as error:
-            raise arrays.damaged(folder, error) from error
-
-
-def _write_safetensors(path: Path, parts: dict, stored: dict, folder: Path) -> None:
+def _write_safetensors(path: Path, parts: dict[str, Source]) -> None:
     """Writes 8 bytes with the length of a JSON header, the header, and the arrays one after another, little-endian.
 
     By hand, for the library's own writer wants whole arrays in memory. https://github.com/huggingface/safetensors
     """
     header, at = {}, 0
-    for name, known in parts.items():
-        shape, dtype = _form(known)
+    for name, source in parts.items():
+        shape, dtype = source.shape, source.known["dtype"]
         end = at + shape[0] * shape[1] * jnp.dtype(dtype).itemsize
         header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
@@ -88,24 +72,24 @@ def _write_safetensors(path: Path, parts: dict, stored: dict, folder: Path) -> N
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, known in parts.items():
-            for rows in _pieces(known, stored[name], folder):
+        for source in parts.values():
+            for _, rows in source.pieces():
                 file.write(np.ascontiguousarray(rows).tobytes())
 
 
-def _write_parquet(path: Path, parts: dict, stored: dict, folder: Path) -> None:
+def _write_parquet(path: Path, parts: dict[str, Source]) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError("export_table: .parquet needs pyarrow; pip install pyarrow, or write .safetensors") from error
-    known, first = parts["table"], 0
-    kind = pyarrow.list_(pyarrow.float32(), known["width"])
+    source = parts["table"]
+    width = source.shape[1]
+    kind = pyarrow.list_(pyarrow.float32(), width)
     schema = pyarrow.schema([("id", pyarrow.int64()), ("embedding", kind)])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        for rows in _pieces(known, stored["table"], folder):
+        for first, rows in source.pieces():
             ids = pyarrow.array(np.arange(first, first + len(rows)))
             values = pyarrow.array(rows.astype(np.float32).reshape(-1))
-            columns = [ids, pyarrow.FixedSizeListArray.from_arrays(values, known["width"])]
+            columns = [ids, pyarrow.FixedSizeListArray.from_arrays(values, width)]
             writer.write_table(pyarrow.table(columns, schema=schema))
-            first += len(rows)

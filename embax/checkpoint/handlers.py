@@ -5,15 +5,19 @@ and marks the folder as whole: until then it is no step.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
-from embax.checkpoint import tables
-from embax.checkpoint.document import write_document
+from embax.checkpoint import deltas, tables
+from embax.checkpoint.document import files_of, write_document
 from embax.checkpoint.held import Held
+from embax.checkpoint.increments import Base
+from embax.checkpoint.tables import Piece
 from embax.table_state import TableState
 
 TABLES, DENSE, DOCUMENT = "tables", "dense", "embax"
@@ -24,15 +28,15 @@ class TablesHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: Any, args: "TablesArgs") -> None:
         """Writes the tables before it returns; the memory of a few pieces is needed."""
-        tables.write(Path(directory), tables.turns(args.tables))
+        args.write(Path(directory), args.turns())
 
     async def async_save(self, directory: Any, args: "TablesArgs") -> list:
         """Copies the rows to the host, if training is to go on meanwhile, and returns what writes them."""
-        turns = tables.turns(args.tables)
+        turns = args.turns()
         kept = [turns] if args.waits else [list(turns)]
 
         async def write():
-            tables.write(Path(directory), kept.pop())
+            args.write(Path(directory), kept.pop())
 
         return [CommitFutureAwaitingContractedSignals(write(), name="embax_tables")]
 
@@ -45,12 +49,12 @@ class DocumentHandler(ocp.AsyncCheckpointHandler):
     """Writes the document, when every other file of the step is there."""
 
     def __init__(self):
-        self._body: dict | None = None
+        self._args: DocumentArgs | None = None
 
     def save(self, directory: Any, args: "DocumentArgs") -> None:
         """Remembers the document."""
         del directory
-        self._body = args.body
+        self._args = args
 
     async def async_save(self, directory: Any, args: "DocumentArgs") -> list:
         """Remembers the document."""
@@ -59,9 +63,9 @@ class DocumentHandler(ocp.AsyncCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         """Writes it, with the size and checksum of every file beside it."""
-        folder = Path(directory)
-        assert self._body is not None
-        write_document(folder, self._body, folder.parent)
+        folder, args = Path(directory), self._args
+        assert args is not None
+        write_document(folder, args.body, files_of(folder.parent, args.known))
 
     def restore(self, directory: Any, args: Any = None) -> Any:
         """Raises: ``Checkpoints.restore`` reads the document."""
@@ -71,18 +75,36 @@ class DocumentHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(TablesHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class TablesArgs(ocp.args.CheckpointArgs):
-    """What ``TablesHandler`` writes, and whether the caller waits until it is written."""
+    """What ``TablesHandler`` writes.
+
+    Attributes:
+      tables: as they are held, and their states.
+      waits: whether the caller waits until it is written.
+      base: the step that has all but the rows written since; None to write everything.
+    """
 
     tables: list[tuple[Held, TableState]]
     waits: bool
+    base: Base | None = None
+
+    def turns(self) -> Iterator[list[Piece]]:
+        """Yields what is to be written."""
+        return tables.turns(self.tables) if self.base is None else deltas.turns(self.base.delta, self.tables)
+
+    def write(self, folder: Path, turns: Iterable[list[Piece]]) -> None:
+        """Writes it."""
+        if self.base is not None and jax.process_index() == 0:
+            self.base.share(folder)
+        tables.write(folder, turns)
 
 
 @ocp.args.register_with_handler(DocumentHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class DocumentArgs(ocp.args.CheckpointArgs):
-    """What ``DocumentHandler`` writes."""
+    """What ``DocumentHandler`` writes, and what is known of files that the step shares with another."""
 
     body: dict
+    known: dict[str, dict]
 
 
 def registry() -> Any:

@@ -1,13 +1,16 @@
 """Tables to be saved or loaded: those of a plan, with what stands before their names on disk."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from embax import sharded_tables
+from jax.sharding import PartitionSpec as P
+
 from embax.exchange.pieces import Part
 from embax.optimizers.base import slot_names
 from embax.placement import Devices
 from embax.planning import Plan, StackPlan, TablePlan
+from embax.sharded_tables import part_specs
 from embax.table_state import TableState
 
 
@@ -29,8 +32,8 @@ class Held(NamedTuple):
     def part(self, name: str) -> Part:
         """Returns the part "table", or a slot by its name."""
         if self.devices is None:
-            return Part(self.stack, None, sharded_tables.P())
-        return Part(self.stack, self.devices, sharded_tables.part_specs(self.stack, self.devices)[name])
+            return Part(self.stack, None, P())
+        return Part(self.stack, self.devices, part_specs(self.stack, self.devices)[name])
 
     def parts(self, state: TableState) -> dict[str, Any]:
         """Returns the arrays of a state by name: "table", and the slots if there are any."""
@@ -45,9 +48,9 @@ def held_by(plan: Plan) -> list[Held]:
 
 def check_names(held: list[Held]) -> None:
     """Raises ValueError for two tables of one name: they would be written over each other."""
-    names = [one.name(table) for one in held for table in one.stack.tables]
-    for name in names:
-        if names.count(name) > 1:
+    names = collections.Counter(one.name(table) for one in held for table in one.stack.tables)
+    for name, count in names.items():
+        if count > 1:
             raise ValueError(f'two tables would be called "{name}" in a checkpoint; rename a table or a layer')
 
 

@@ -15,8 +15,10 @@ from embax.table_state import TableState
 
 def save(
     checkpoints: Checkpoints, step: int, state: Any, *, plans: Mapping[str, Plan] | Plan | None = None, data: Any = None
-) -> None:
+) -> Any:
     """Saves a ``TrainState``: tables with their slot variables, parameters, optax's state, counts.
+
+    Returns the state to go on with: that which is given; where it tracks rows, none is marked as written since.
 
     Args:
       checkpoints: where to.
@@ -32,13 +34,13 @@ def save(
     >>> params = layer.init(jax.random.key(0), jnp.array([3]))["params"]
     >>> state = embax.linen.TrainState.create(apply_fn=layer.apply, params=params, tx=optax.sgd(0.1))
     >>> with tempfile.TemporaryDirectory() as folder, embax.checkpoint.Checkpoints(folder) as checkpoints:
-    ...     embax.checkpoint.linen.save(checkpoints, 7, state)
+    ...     state = embax.checkpoint.linen.save(checkpoints, 7, state)
     ...     state, found = embax.checkpoint.linen.restore(checkpoints, state)
     >>> found.step
     7
     """
     tables, dense = _parts(state, plans)
-    checkpoints.save_held(step, tables, dense, data)
+    return _marked(state, checkpoints.save_held(step, tables, dense, data))
 
 
 def restore(
@@ -62,6 +64,8 @@ def restore(
       CheckpointError: no such step, a damaged one, or one that does not fit.
     """
     wanted, dense = _parts(state, plans)
+    if choice.get("track"):
+        raise TypeError("restore: track=True is for plans; pass state.track_rows()")
     if choice.get("serving"):
         raise TypeError(
             "restore: a TrainState has slot variables; for serving load a plan's tables by Checkpoints.restore"
@@ -75,7 +79,11 @@ def restore(
     params = merge(restored["params"], tables, state.params)
     rest = {name: restored[name] for name in ("step", "opt_state", "updates", "pending")}
     new = state.replace(params=params, slots=tuple(loaded.slots for loaded in found.tables), **rest)
-    return new, Restored(found.step, None, None, found.data)
+    return _marked(new, found.tables), Restored(found.step, None, None, found.data)
+
+
+def _marked(state: Any, tables: list[TableState]) -> Any:
+    return state if state.touched is None else state.replace(touched=tuple(table.touched for table in tables))
 
 
 def _parts(state: Any, plans: Any) -> tuple[list[tuple[Held, TableState]], dict[str, Any]]:
@@ -85,9 +93,10 @@ def _parts(state: Any, plans: Any) -> tuple[list[tuple[Held, TableState]], dict[
         if layer not in layers:
             raise ValueError(f'plans names layer "{layer}", and the tables are in {sorted(layers)}; name one of these')
     held = []
-    for table, slots in zip(tables, state.slots, strict=True):
+    marks = state.touched or (None,) * len(tables)
+    for table, slots, touched in zip(tables, state.slots, marks, strict=True):
         rows = table.value.reshape(-1, table.shape[-1]) if table.value.ndim > 2 else table.value
-        held.append((_held(table, plans), TableState(rows, slots)))
+        held.append((_held(table, plans), TableState(rows, slots, touched)))
     names = ("step", "opt_state", "updates", "pending")
     return held, {"params": params, **{name: getattr(state, name) for name in names}}
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from embax import sharded_tables
 from embax.checkpoint import tables
+from embax.checkpoint.deltas import source_of
 from embax.checkpoint.described import ACCEPTABLE, described, differences
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.held import Held, check_names
 from embax.sharded_tables import fresh_slots
 from embax.table_state import TableState, init_slots, init_stack_rows
+from embax.touched import untouched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Choice:
       fresh_slots: slot variables begin anew, as with another optimizer; those of the checkpoint are not read.
       serving: no slot variables at all: for lookups. Optimizers may differ.
       shrink: a vocabulary may be smaller than in the checkpoint: the rows beyond it are left behind.
+      track: rows that steps write from here on are tracked, as by ``embax.track``, and counted from this checkpoint.
     """
 
     key: Any = None
@@ -37,6 +40,7 @@ class Choice:
     fresh_slots: bool = False
     serving: bool = False
     shrink: bool = False
+    track: bool = False
 
     @property
     def keeps_slots(self) -> bool:
@@ -79,12 +83,12 @@ def check_fits(folder: Path, stored: Mapping[str, dict], wanted: Wanted, choice:
         )
 
 
-def load(folder: Path, stored: Mapping[str, dict], held: Held, state: TableState | None, choice: Choice) -> TableState:
+def load(folder: Path, body: Mapping[str, Any], held: Held, state: TableState | None, choice: Choice) -> TableState:
     """Returns the state of a stack with the rows of a checkpoint.
 
     Args:
       folder: of its tables.
-      stored: what its document says of them, by name; ``check_fits`` has found that they fit.
+      body: its document; ``check_fits`` has found that its tables fit.
       held: the stack.
       state: whose rows a vocabulary that has grown keeps where the checkpoint has none; None for fresh ones.
       choice: what may differ.
@@ -92,7 +96,7 @@ def load(folder: Path, stored: Mapping[str, dict], held: Held, state: TableState
     Raises:
       CheckpointError: damaged files.
     """
-    stack = held.stack
+    stack, stored = held.stack, body["tables"]
     sources = {table.name: choice.rename.get(held.name(table), held.name(table)) for table in stack.tables}
     grown = any(table.vocabulary_size > stored[sources[table.name]]["vocabulary_size"] for table in stack.tables)
     begin = _blank(held, choice)
@@ -103,11 +107,14 @@ def load(folder: Path, stored: Mapping[str, dict], held: Held, state: TableState
     for name in list(made) if choice.keeps_slots else ["table"]:
         part = held.part(name)
         for table in stack.tables:
-            source = sources[table.name]
-            place = tables.folder_of(folder, source, name)
-            made[name] = tables.read(place, stored[source]["parts"][name], part, table, made[name])
+            source = source_of(folder, body, sources[table.name], name)
+            made[name] = tables.read(source, part, table, made[name])
     rows, slots = made.pop("table"), begin.slots
-    return TableState(rows, slots._make(made.values()) if hasattr(slots, "_make") else tuple(made.values()))
+    slots = slots._make(made.values()) if hasattr(slots, "_make") else tuple(made.values())
+    if not choice.track and (state is None or state.touched is None):
+        return TableState(rows, slots)
+    # Of slots that begin anew the checkpoint has other values: a save that goes on from it would keep those.
+    return TableState(rows, slots, untouched(stack, held.devices, body["mark"] if choice.keeps_slots else 0))
 
 
 def _sizes(stored: dict, wanted: dict, choice: Choice, given: bool) -> list[str]:

@@ -10,7 +10,7 @@ from embax.checkpoint.loading import Choice
 from embax.checkpoint.trees import own_table
 from embax.nnx.feature_embed import FeatureEmbed
 from embax.nnx.gradients import table_name
-from embax.nnx.variables import Sentinel, Slots, Table, table_leaf
+from embax.nnx.variables import Marks, Sentinel, Slots, Table, table_leaf
 from embax.table_state import TableState
 
 
@@ -20,7 +20,8 @@ def save(checkpoints: Checkpoints, step: int, model: Any, optimizer: Any = None,
     Args:
       checkpoints: where to.
       step: of training.
-      model: any NNX module; may be donated as soon as this returns.
+      model: any NNX module; may be donated as soon as this returns. Where the optimizer tracks rows, none of them is
+        marked as written since from here on.
       optimizer: an ``embax.nnx.Optimizer`` of it; None for none.
       data: of JSON, as for ``Checkpoints.save``.
 
@@ -38,8 +39,10 @@ def save(checkpoints: Checkpoints, step: int, model: Any, optimizer: Any = None,
     >>> found.step
     7
     """
-    tables = [(held, _state(variable, name, optimizer)) for held, variable, name in _tables(model)]
-    checkpoints.save_held(step, tables, _dense(model, optimizer), data)
+    tables = list(_tables(model))
+    wanted = [(held, _state(variable, name, optimizer)) for held, variable, name in tables]
+    states = checkpoints.save_held(step, wanted, _dense(model, optimizer), data)
+    _put_marks(optimizer, tables, states)
 
 
 def restore(
@@ -61,6 +64,8 @@ def restore(
     """
     if choice.get("serving"):
         raise TypeError("restore: serving=True is for a model without an optimizer; leave optimizer out")
+    if choice.get("track"):
+        raise TypeError("restore: track=True is for plans; call optimizer.track_rows(model) before")
     if optimizer is None:
         choice["serving"] = True
     tables = list(_tables(model))
@@ -71,6 +76,7 @@ def restore(
         variable.set_value(state.table.reshape(variable.get_value().shape))
         if optimizer is not None:
             optimizer.slots[name].set_value(state.slots)
+    _put_marks(optimizer, tables, found.tables)
     nnx.update(model, found.dense["model"])
     if optimizer is not None:
         nnx.update(optimizer, found.dense["optimizer"])
@@ -79,7 +85,7 @@ def restore(
 
 def _dense(model: Any, optimizer: Any) -> dict[str, Any]:
     parts = {"model": nnx.state(model, nnx.Not(nnx.Any(Table, Sentinel)))}
-    return parts if optimizer is None else {**parts, "optimizer": nnx.state(optimizer, nnx.Not(Slots))}
+    return parts if optimizer is None else {**parts, "optimizer": nnx.state(optimizer, nnx.Not(nnx.Any(Slots, Marks)))}
 
 
 def _tables(model: Any) -> list[tuple[Held, Table, str]]:
@@ -102,5 +108,14 @@ def _tables(model: Any) -> list[tuple[Held, Table, str]]:
 
 def _state(variable: Table, name: str, optimizer: Any) -> TableState:
     value = variable.get_value()
-    slots = () if optimizer is None else optimizer.slots[name].get_value()
-    return TableState(value.reshape(-1, value.shape[-1]) if value.ndim > 2 else value, slots)
+    rows = value.reshape(-1, value.shape[-1]) if value.ndim > 2 else value
+    if optimizer is None:
+        return TableState(rows, ())
+    touched = optimizer.touched[name].get_value() if optimizer.touched else None
+    return TableState(rows, optimizer.slots[name].get_value(), touched)
+
+
+def _put_marks(optimizer: Any, tables: list, states: list[TableState]) -> None:
+    if optimizer is not None and optimizer.touched:
+        for (_, _, name), state in zip(tables, states, strict=True):
+            optimizer.touched[name].set_value(state.touched)

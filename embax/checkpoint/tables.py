@@ -5,7 +5,7 @@ padded or in the order of devices.
 """
 
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,7 @@ IN_FLIGHT = 16  # pieces on their way to or from the disk: a disk takes its time
 class Piece(NamedTuple):
     """Neighbouring rows of a table or a slot, on the host, and where they go."""
 
-    table: str
-    part: str
+    place: Path
     shape: tuple[int, int]
     first: int
     rows: np.ndarray
@@ -59,7 +58,7 @@ def turns(tables: Iterable[tuple[Held, TableState]]) -> Iterator[list[Piece]]:
 
 def _turns_of(held: Held, table: TablePlan, name: str, array: jax.Array) -> Iterator[list[Piece]]:
     part = held.part(name)
-    shape = (table.vocabulary_size, array.shape[1])
+    shape, place = (table.vocabulary_size, array.shape[1]), folder_of(Path(), held.name(table), name)
     size = arrays.piece_rows(*shape, array.dtype)
     for start in range(0, shape[0], part.pieces * size):
         made, pieces = collect(part, size, array, table.row_offset + start), []
@@ -67,21 +66,20 @@ def _turns_of(held: Held, table: TablePlan, name: str, array: jax.Array) -> Iter
             first = start + (shard.index[0].start or 0)
             count = min(size, shape[0] - first)
             if shard.replica_id == 0 and count > 0:
-                pieces.append(Piece(held.name(table), name, shape, first, np.asarray(shard.data)[:count]))
+                pieces.append(Piece(place, shape, first, np.asarray(shard.data)[:count]))
         yield pieces
 
 
-def write(folder: Path, turns: Iterator[list[Piece]] | list[list[Piece]]) -> None:
+def write(folder: Path, turns: Iterable[list[Piece]]) -> None:
     """Writes pieces; a few turns are on their way at a time."""
     opened: dict[Path, Any] = {}
     flying: list[list[Any]] = []
     for pieces in turns:
         written = []
         for piece in pieces:
-            place = folder_of(folder, piece.table, piece.part)
-            if place not in opened:
-                opened[place] = arrays.create(place, piece.shape, piece.rows.dtype)
-            part = opened[place][piece.first : piece.first + piece.rows.shape[0]]
+            if piece.place not in opened:
+                opened[piece.place] = arrays.create(folder / piece.place, piece.shape, piece.rows.dtype)
+            part = opened[piece.place][piece.first : piece.first + piece.rows.shape[0]]
             written.append(part.write(piece.rows))
         flying.append(written)
         while len(flying) > 1 and sum(map(len, flying)) > IN_FLIGHT:
@@ -95,19 +93,42 @@ def _finish(written: list[Any]) -> None:
         future.result()
 
 
-def read(folder: Path, known: Mapping[str, Any], part: Part, table: TablePlan, array: jax.Array) -> jax.Array:
+class Source(NamedTuple):
+    """An array on disk: its folder, what the document says of it (dtype, width, rows), what lies over its rows."""
+
+    folder: Path
+    known: Mapping[str, Any]
+    over: Callable[[int, np.ndarray], np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width."""
+        return self.known["rows"], self.known["width"]
+
+    def open(self) -> tuple[Any, int]:
+        """Returns the array on disk, without what lies over its rows, and the rows of a piece."""
+        dtype = self.known["dtype"]
+        return arrays.open_array(self.folder, self.shape, dtype), arrays.piece_rows(*self.shape, dtype)
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the first row of every piece, and its rows."""
+        stored, size = self.open()
+        for first in range(0, self.shape[0], size):
+            rows = stored[first : min(first + size, self.shape[0])].read()
+            yield first, self.over(first, arrays.arrived(rows, self.folder))
+
+
+def read(source: Source, part: Part, table: TablePlan, array: jax.Array) -> jax.Array:
     """Returns ``array`` with the rows of one table as they are on disk; rows beyond them stay as they are.
 
     Args:
-      folder: of the array on disk.
-      known: what the document says of it: dtype, width, rows.
+      source: the array on disk.
       part: what ``array`` is.
       table: in the stack.
       array: as it is stored; donated.
     """
-    shape = (known["rows"], known["width"])
-    stored = arrays.open_array(folder, shape, known["dtype"])
-    size, count = arrays.piece_rows(*shape, known["dtype"]), min(shape[0], table.vocabulary_size)
+    (stored, size), (rows, width) = source.open(), source.shape
+    count = min(rows, table.vocabulary_size)
     turn = part.pieces * size
     reach = turn * max(1, IN_FLIGHT // part.pieces)
     asked = {start: _asked(part, stored, start, size, count) for start in range(0, min(count, reach), turn)}
@@ -115,7 +136,7 @@ def read(folder: Path, known: Mapping[str, Any], part: Part, table: TablePlan, a
         ahead = start + reach
         if ahead < count:
             asked[ahead] = _asked(part, stored, ahead, size, count)
-        pieces = _arrived(part, asked.pop(start), (size, shape[1]), array.dtype, folder)
+        pieces = _arrived(part, asked.pop(start), (start, size, width), array.dtype, source)
         # Waiting keeps pieces from piling up; the disk reads on meanwhile.
         array = jax.block_until_ready(deal(part, array, pieces, table.row_offset + start, min(turn, count - start)))
     return array
@@ -138,24 +159,30 @@ def _firsts(part: Part, size: int) -> dict[Any, int]:
     return {device: index[0].start or 0 for device, index in held.items()}  # type: ignore[index]
 
 
-def _arrived(part: Part, asked: dict[int, Any], shape: tuple[int, int], dtype: Any, folder: Path) -> jax.Array:
-    """Returns the pieces as an array over the devices, in the table's dtype; behind the last row there are zeros."""
-    size, rows = shape[0], {}
+def _arrived(part: Part, asked: dict[int, Any], form: tuple[int, int, int], dtype: Any, source: Source) -> jax.Array:
+    """Returns the pieces as an array over the devices, in the table's dtype; behind the last row there are zeros.
+
+    Args:
+      part: what they are for.
+      asked: the reads, by the number of the piece.
+      form: the first row of all, rows of a piece, width.
+      dtype: of the table.
+      source: where they come from.
+    """
+    start, size, width = form
+    rows = {}
     for number, future in asked.items():
-        rows[number] = np.zeros(shape, dtype)
+        rows[number] = np.zeros((size, width), dtype)
         if future is not None:
-            try:
-                found = future.result().astype(dtype, copy=False)
-            except ValueError as error:
-                raise arrays.damaged(folder, error) from error
-            if found.shape == shape:
+            found = source.over(start + number * size, arrays.arrived(future, source.folder)).astype(dtype, copy=False)
+            if found.shape[0] == size:
                 rows[number] = found
             else:
                 rows[number][: found.shape[0]] = found
     if part.devices is None:
         return jnp.asarray(rows[0])
     sharding = part.devices.sharding(part.pieces_spec())
-    whole = (part.pieces * size, shape[1])
+    whole = (part.pieces * size, width)
 
     def piece(index: Any) -> np.ndarray:
         return rows[(index[0].start or 0) // size]

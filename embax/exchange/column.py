@@ -83,7 +83,7 @@ def apply(here: Here, state: TableState, gradient: RowGradients, hyper: Any) -> 
     rows, slots = stack.optimizer.step_rows(read(state.table), whole(gradient.values.astype(jnp.float32)), slots, hyper)
     rows = reference.narrowed(rows, gradient.rows, state.table.dtype, hyper)
     slots = map_slots(lambda kind, old, new: write(old, new, kind.row_wise), kinds, state.slots, slots)
-    return TableState(write(state.table, rows), slots)
+    return TableState(write(state.table, rows), slots, reference.marked(state.touched, gradient.rows))
 
 
 def gain_products(here: Here, table: Any, ids: StackIds, cotangent: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from embax.placement import Devices
 from embax.planning import FeaturePlan, StackPlan
 from embax.row_gradients import RowGradients
 from embax.table_state import TableState
+from embax.touched import Touched, untouched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,10 @@ class Home:
         """Returns the initial slot variables."""
         return sharded_tables.fresh_slots(self.stack, self.devices)
 
+    def untouched(self) -> Touched:
+        """Returns that no row was written yet."""
+        return untouched(self.stack, self.devices)
+
     def apply(self, backend: str, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
         """Returns the state after one step on the rows of ``gradient``, which every device has."""
         stack, devices = self.stack, self.devices
@@ -214,7 +219,7 @@ class Home:
             gradient = RowGradients(rows, values, stack.stored_rows)
             return over_mesh.applied(Here(stack, devices, backend), state, gradient, hyper)
 
-        spec = over_mesh.state_spec(stack, devices)
+        spec = over_mesh.state_spec(stack, devices, state)
         run = over_mesh.mapped(devices, local, (spec, P(), P(), P()), spec)
         return run(state, gradient.rows, gradient.values, hyper)
 

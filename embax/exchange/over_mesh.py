@@ -21,7 +21,7 @@ from embax.id_batch import StackIds
 from embax.placement import Devices
 from embax.planning import FeaturePlan, Plan, StackPlan
 from embax.row_gradients import RowGradients
-from embax.sharded_tables import slot_specs, table_spec
+from embax.sharded_tables import slot_specs, table_spec, touched_spec
 from embax.table_state import TableState
 
 _BY_EXCHANGE = {"gather": gather, "route": route}
@@ -133,13 +133,14 @@ def update(
 
     def local(tables, batch, tokens, gradients, hyper):
         new = {}
-        for here, ids, *args in _brought(plan, backend, batch, tokens, gradients):
+        for here, ids, *args in _each_stack(plan, backend, batch, tokens, gradients):
             name = here.stack.name
             state, own = tables[name], hyper[name]
             new[name] = exchange_of(here.stack).update(here, state, ids, *args, own) if sum(ids.samples) else state
         return new
 
-    states, samples = {stack.name: state_spec(stack, devices) for stack in plan.stacks}, devices.batch_spec()
+    states = {stack.name: state_spec(stack, devices, tables[stack.name]) for stack in plan.stacks}
+    samples = devices.batch_spec()
     filled = {stack.name: _filled(plan, stack, gradients[stack.name], batch) for stack in plan.stacks}
     run = mapped(devices, local, (states, samples, samples, samples, P()), states)
     return run(dict(tables), dict(batch), dict(tokens), filled, dict(hyper))
@@ -161,7 +162,7 @@ def row_gradients(
 
     def local(batch, tokens, gradients):
         made = {}
-        for here, ids, *args in _brought(plan, backend, batch, tokens, gradients):
+        for here, ids, *args in _each_stack(plan, backend, batch, tokens, gradients):
             stack = here.stack
             nothing = RowGradients(jnp.zeros(0, jnp.int32), jnp.zeros((0, stack.local_dim), jnp.float32), 0)
             own = exchange_of(stack).row_gradients(here, ids, *args) if sum(ids.samples) else nothing
@@ -174,7 +175,7 @@ def row_gradients(
     return mapped(devices, local, (samples, samples, samples), specs)(dict(batch), dict(tokens), filled)
 
 
-def _brought(
+def _each_stack(
     plan: Plan, backend: str, batch: Mapping[str, StackIds], tokens: Mapping, gradients: Mapping
 ) -> Iterator[tuple[Here, StackIds, jax.Array, jax.Array]]:
     """Yields of each stack where it is, and this device's ids, token and gradients of all its samples."""
@@ -201,15 +202,18 @@ def apply(
             new[name] = applied(here, tables[name], gradients[name], hyper[name])
         return new
 
-    states = {stack.name: state_spec(stack, devices) for stack in stacks}
+    states = {stack.name: state_spec(stack, devices, tables[stack.name]) for stack in stacks}
     specs = {stack.name: gradient_spec(stack, devices) for stack in stacks}
     own = {stack.name: tables[stack.name] for stack in stacks}
     return {**tables, **mapped(devices, local, (states, specs, P()), states)(own, dict(gradients), dict(hyper))}
 
 
-def state_spec(stack: StackPlan, devices: Devices) -> TableState:
-    """Returns how rows and slots of a stack are split."""
-    return TableState(table_spec(stack, devices), slot_specs(stack, devices))
+def state_spec(stack: StackPlan, devices: Devices, state: TableState) -> TableState:
+    """Returns how rows, slots and marks of a stack are split."""
+    touched = state.touched
+    if touched is not None:
+        touched = touched._replace(rows=touched_spec(stack, devices), since=P())
+    return TableState(table_spec(stack, devices), slot_specs(stack, devices), touched)
 
 
 def applied(here: Here, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:

@@ -69,6 +69,30 @@ def deal(part: Part, array: jax.Array, pieces: jax.Array, first: Any, count: Any
     return _deal(part, array, pieces, jnp.int32(first), jnp.int32(count))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def pick(part: Part, array: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns some rows of ``array``, ``[pieces * size, width]``, a piece on each device.
+
+    Args:
+      part: what the array is.
+      array: as it is stored.
+      rows: int32 ``[pieces * size]``, each device's the numbers that its rows have there; of columns and
+        copies, of which all have all rows, the rows that it shall bring.
+    """
+    if part.devices is None:
+        return jnp.take(array, rows, axis=0, mode="clip")
+
+    def local(array, rows):
+        if part.split != "columns":
+            return jnp.take(array, rows, axis=0, mode="clip")
+        every = jax.lax.all_gather(rows, devices.table_axes, tiled=True)
+        found = jnp.take(array, every, axis=0, mode="clip").reshape(part.pieces, rows.shape[0], -1)
+        return _sent(part, found).swapaxes(0, 1).reshape(rows.shape[0], -1)
+
+    devices = part.devices
+    return mapped(devices, local, (part.spec, P(devices.table_axes)), part.pieces_spec())(array, rows)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _collect(part: Part, size: int, array: jax.Array, first: jax.Array) -> jax.Array:
     if part.devices is None:

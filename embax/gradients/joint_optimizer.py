@@ -13,6 +13,7 @@ from embax.gradients.norms import clip_by_global_norm
 from embax.gradients.table import Prefetched, Table
 from embax.row_gradients import RowGradients, check_rows
 from embax.table_state import TableState, init_slots
+from embax.touched import untouched_rows
 from embax.update import apply_at_home, apply_rows
 
 
@@ -25,12 +26,14 @@ class JointState(NamedTuple):
       slots: the tables' slot variables, in the order in which the tables stand in the parameters; those of layers
         ``[L, V, D]`` are ``[L * V, D]``.
       pending: what ``every_k`` accumulates, else None.
+      touched: which rows of each table were written, where ``JointOptimizer.track`` asked for it, else None.
     """
 
     step: Any
     dense: Any
     slots: tuple
     pending: Pending | None
+    touched: tuple | None = None
 
     def table_arrays(self) -> list[Any]:
         """Returns the slot variables, for ``check_step``."""
@@ -138,13 +141,32 @@ class JointOptimizer:
         if self.max_norm is not None:
             rows, dense_gradients = clip_by_global_norm((rows, dense_gradients), self.max_norm)
         dense, dense_state = self._dense(dense, dense_gradients, state.dense, ready, extra)
-        new, slots = [], []
-        for table, old, gradient in zip(tables, state.slots, rows, strict=True):
-            stepped = apply_to(table, TableState(_flat(table.value), old), gradient, state.step)
+        new, states = [], []
+        marks = state.touched or (None,) * len(tables)
+        for table, slots, touched, gradient in zip(tables, state.slots, marks, rows, strict=True):
+            stepped = apply_to(table, TableState(_flat(table.value), slots, touched), gradient, state.step)
             new.append(table.with_value(stepped.table.reshape(table.shape)))
-            slots.append(stepped.slots)
+            states.append(stepped)
         count = jnp.int32(1) if ready is None else ready.astype(jnp.int32)
-        return dense, new, state._replace(step=state.step + count, dense=dense_state, slots=tuple(slots))
+        touched = None if state.touched is None else tuple(stepped.touched for stepped in states)
+        slots = tuple(stepped.slots for stepped in states)
+        return dense, new, state._replace(step=state.step + count, dense=dense_state, slots=slots, touched=touched)
+
+    def track(self, params: Any, state: JointState) -> JointState:
+        """Returns a state with a byte a row, in which every step marks the rows it writes; see ``embax.track``.
+
+        Args:
+          params: as given to ``init``.
+          state: of them.
+
+        >>> import jax.numpy as jnp, embax
+        >>> params, optimizer = embax.Table(jnp.ones((4, 2)), embax.SGD(0.5)), embax.JointOptimizer()
+        >>> state = optimizer.track(params, optimizer.init(params))
+        >>> value, gradient = embax.value_and_grad(lambda table: table[jnp.array([3, 3])].sum())(params)
+        >>> optimizer.update(params, gradient, state)[1].touched[0].rows.tolist()
+        [0, 0, 0, 1]
+        """
+        return state._replace(touched=untouched_tables(split(params)[0]))
 
     def _dense(self, dense: Any, gradients: Any, state: Any, ready: Any, extra: Any) -> tuple[Any, Any]:
         """Returns the dense parameters and their optax state after one update, made only if ``ready``."""
@@ -165,6 +187,14 @@ def fresh_slots(tables: list[Table]) -> tuple:
     """Returns the slot variables of ``tables`` at the start."""
     return tuple(
         init_slots(table.optimizer, _flat(table.value)).slots if table.home is None else table.home.fresh_slots()
+        for table in tables
+    )
+
+
+def untouched_tables(tables: list[Table]) -> tuple:
+    """Returns that no row of ``tables`` was written yet."""
+    return tuple(
+        untouched_rows(math.prod(table.shape[:-1])) if table.home is None else table.home.untouched()
         for table in tables
     )
 

@@ -70,11 +70,11 @@ def row_products(
 def update(
     kernel: str, state: Sequence[jax.Array], found: Occurrences, token: jax.Array, gradients: Sequence[Any], hyper: Any
 ) -> list[jax.Array]:
-    """Returns table and slots after one step on the rows that occur, in place where they are donated.
+    """Returns ``state`` after one step on the rows that occur, in place where it is donated.
 
     Args:
       kernel: the optimizer's name in csrc/optimizers.h.
-      state: the table and its slots.
+      state: the table and its slots; behind them, where rows are tracked, a byte a row to be set for those stepped.
       found: the occurrences.
       token: any result of the lookup that the update comes after; not read.
       gradients: of the samples, in one or more blocks of one dtype.

@@ -135,7 +135,7 @@ def step_rows(optimizer: Optimizer, state: TableState, rows: jax.Array, gradient
     stepped, slots = optimizer.step_rows(read(state.table), gradients, map_slots(read, state.slots), hyper)
     stepped = reference.narrowed(stepped, rows, state.table.dtype, hyper)
     slots = map_slots(lambda old, new: write(old, new.astype(old.dtype)), state.slots, slots)
-    return TableState(write(state.table, stepped), slots)
+    return TableState(write(state.table, stepped), slots, reference.marked(state.touched, rows))
 
 
 def has_kernel(optimizer: Optimizer, state: TableState) -> bool:
@@ -159,10 +159,13 @@ def _levels(stack: StackPlan) -> tuple[float, ...]:
 
 
 def _stepped(optimizer, state, found, token, gradients, hyper) -> TableState:
-    kernel, state_parts = optimizer.kernel_name(), (state.table, *state.slots)
-    table, *slots = calls.update(kernel, state_parts, found, token, gradients, hyper)
-    remaining = iter(slots)
-    return TableState(table, map_slots(lambda _: next(remaining), state.slots))
+    parts, touched = (state.table, *state.slots), state.touched
+    if touched is not None:
+        parts = (*parts, touched.rows)
+    table, *rest = calls.update(optimizer.kernel_name(), parts, found, token, gradients, hyper)
+    remaining = iter(rest)
+    slots = map_slots(lambda _: next(remaining), state.slots)
+    return TableState(table, slots, None if touched is None else touched._replace(rows=next(remaining)))
 
 
 def _of_one_dtype(gradients: tuple) -> tuple[jax.Array, ...]:

@@ -176,7 +176,14 @@ def step_rows(optimizer: Optimizer, state: TableState, rows: jax.Array, gradient
     stepped, slots = optimizer.step_rows(read(state.table), gradients, map_slots(read, state.slots), hyper)
     stepped = narrowed(stepped, rows, state.table.dtype, hyper)
     slots = map_slots(lambda old, new: write(old, rows, new.astype(old.dtype)), state.slots, slots)
-    return TableState(write(state.table, rows, stepped), slots)
+    return TableState(write(state.table, rows, stepped), slots, marked(state.touched, rows))
+
+
+def marked(touched: Any, rows: jax.Array) -> Any:
+    """Returns ``touched`` with its distinct ``rows`` marked, where rows are tracked; those past the end are skipped."""
+    if touched is None:
+        return None
+    return touched._replace(rows=touched.rows.at[rows].set(jnp.uint8(1), mode="drop", unique_indices=True))
 
 
 def narrowed(stepped: jax.Array, rows: jax.Array, dtype: Any, hyper: Any) -> jax.Array:

@@ -8,7 +8,7 @@ from flax import struct
 from flax.training import train_state
 
 from embax.gradients.accumulation import Pending
-from embax.gradients.joint_optimizer import JointOptimizer, JointState, split
+from embax.gradients.joint_optimizer import JointOptimizer, JointState, split, untouched_tables
 
 
 class TrainState(train_state.TrainState):
@@ -21,6 +21,7 @@ class TrainState(train_state.TrainState):
       slots: the tables' slot variables, in the order of the tables in ``params``.
       updates: int32, updates made; schedules of the tables count these. ``step`` counts calls.
       pending: what ``every_k`` accumulates.
+      touched: which rows were written, where ``track_rows`` asked for it.
       joint: the ``embax.JointOptimizer`` (static).
 
     >>> import jax, jax.numpy as jnp, optax, embax, embax.linen
@@ -38,6 +39,7 @@ class TrainState(train_state.TrainState):
     slots: tuple = ()
     updates: Any = 0
     pending: Pending | None = None
+    touched: tuple | None = None
     joint: JointOptimizer = struct.field(pytree_node=False, default=JointOptimizer())
 
     @classmethod
@@ -83,7 +85,7 @@ class TrainState(train_state.TrainState):
           grads: from ``embax.linen.value_and_grad``.
           kwargs: fields to replace besides.
         """
-        state = JointState(self.updates, self.opt_state, self.slots, self.pending)
+        state = JointState(self.updates, self.opt_state, self.slots, self.pending, self.touched)
         params, state = self.joint.update(self.params, grads, state)
         return self.replace(
             step=self.step + 1,
@@ -92,8 +94,13 @@ class TrainState(train_state.TrainState):
             slots=state.slots,
             updates=state.step,
             pending=state.pending,
+            touched=state.touched,
             **kwargs,
         )
+
+    def track_rows(self) -> "TrainState":
+        """Returns a state with a byte a row, in which every update marks the rows it writes; see ``embax.track``."""
+        return self.replace(touched=untouched_tables(split(self.params)[0]))
 
     def table_arrays(self) -> list[Any]:
         """Returns tables and slot variables, for ``check_step``."""

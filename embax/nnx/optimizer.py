@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from embax.gradients.joint_optimizer import JointOptimizer, JointState, check_steady, fresh_slots
+from embax.gradients.joint_optimizer import JointOptimizer, JointState, check_steady, fresh_slots, untouched_tables
 from embax.nnx.gradients import table_name
-from embax.nnx.variables import Pending, PrefetchedValues, Slots, Table, TableGradient, table_leaf
+from embax.nnx.variables import Marks, Pending, PrefetchedValues, Slots, Table, TableGradient, table_leaf
 
 
 class Optimizer(nnx.Optimizer):
@@ -42,7 +42,18 @@ class Optimizer(nnx.Optimizer):
         slots = fresh_slots([table_leaf(v, name) for name, v in tables.items()])
         self.updates = Pending(jnp.zeros((), jnp.int32))
         self.slots = nnx.Dict({name: Slots(table) for name, table in zip(tables, slots, strict=True)})
+        self.touched = nnx.Dict()
         self.pending = Pending(None)
+
+    def track_rows(self, model: Any) -> None:
+        """Adds a byte a row, in which every update marks the rows it writes, for incremental checkpoints; in place.
+
+        Args:
+          model: as given at construction.
+        """
+        tables = _tables(model)
+        marks = untouched_tables([table_leaf(v, name) for name, v in tables.items()])
+        self.touched = nnx.Dict({name: Marks(touched) for name, touched in zip(tables, marks, strict=True)})
 
     def update(self, model: Any, grads: Any, /, **extra: Any) -> None:
         """Steps the model in place.
@@ -59,13 +70,17 @@ class Optimizer(nnx.Optimizer):
         tables = _tables(model)
         rows, dense_gradients = _split(grads, tables, self.wrt)
         slots = tuple(self.slots[name].get_value() for name in tables)
-        state = JointState(self.updates.get_value(), nnx.as_pure(self.opt_state), slots, self.pending.get_value())
+        marks = tuple(self.touched[name].get_value() for name in tables) if self.touched else None
+        dense_state, pending = nnx.as_pure(self.opt_state), self.pending.get_value()
+        state = JointState(self.updates.get_value(), dense_state, slots, pending, marks)
         params = nnx.as_pure(nnx.state(model, self.wrt)), [table_leaf(v, name) for name, v in tables.items()]
         dense, stepped, state = self.joint.step(params, (dense_gradients, rows), state, **nnx.as_pure(extra))
         nnx.update(model, dense)
         for (name, variable), table, slots in zip(tables.items(), stepped, state.slots, strict=True):
             variable.set_value(table.value)
             self.slots[name].set_value(slots)
+        for name, touched in zip(tables, state.touched or (), strict=False):
+            self.touched[name].set_value(touched)
         nnx.update(self.opt_state, nnx.state(state.dense))
         self.updates.set_value(state.step)
         self.pending.set_value(state.pending)

@@ -32,6 +32,10 @@ class Slots(nnx.Variable):
         return jax.tree.leaves(self.get_raw_value())
 
 
+class Marks(nnx.Variable):
+    """Which rows of a table were written since a checkpoint."""
+
+
 class Pending(nnx.Variable):
     """What gradient accumulation keeps, and the number of updates made."""
 

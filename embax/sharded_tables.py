@@ -187,56 +187,21 @@ class _Maker:
 
     def dealt(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes as many blocks at a time as there are devices, one on each, and deals their rows out."""
-        first, total = table
-        shards, axes = self.stack.shards, self.devices.table_axes
-        part = -(-self.rows // (shards * PARTS))
-        here, places = jax.lax.axis_index(axes), jnp.arange(shards, dtype=jnp.int32)
-
-        def group(turn, values):
-            blocks = turn * shards + places
-            begins = first + blocks * self.rows  # rows of the stack, by maker
-            block = self.block(key, blocks[here])
-            # Of the block made here, device j owns the rows begin, begin + shards, ... from its first one on.
-            own = (places - begins[here]) % shards
-            skipped = (here - begins) % shards
-            valid = jnp.clip(total - blocks * self.rows, 0, self.rows)
-            counts = jnp.maximum(-((skipped - valid) // shards), 0)
-            starts = (begins + skipped) // shards
-
-            def deal(number, values):
-                done = number * part
-                pieces = block[
-                    jnp.minimum(own[:, None] + shards * (done + jnp.arange(part, dtype=jnp.int32)[None]), self.rows - 1)
-                ]
-                pieces = jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True)
-
-                def write(maker, values):
-                    count = jnp.clip(counts[maker] - done, 0, part)
-                    return write_rows(values, pieces[maker], starts[maker] + done, count)
-
-                return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
-
-            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(PARTS), deal, values)
-
-        return jax.lax.fori_loop(jnp.int32(0), -(-total // (self.rows * shards)), group, values)
+        return self._by_turns(functools.partial(deal_rows, parts=PARTS), values, key, table)
 
     def split(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes as many blocks at a time as there are devices, one on each, and sends their columns out."""
-        first, total = table
-        shards, axes, width = self.stack.shards, self.devices.table_axes, self.stack.local_dim
-        here = jax.lax.axis_index(axes)
+        return self._by_turns(deal_columns, values, key, table)
 
-        def group(turn, values):
-            block = self.block(key, turn * shards + here).reshape(self.rows, shards, width)
-            pieces = jax.lax.all_to_all(block, axes, 1, 0).reshape(shards, self.rows, width)
+    def _by_turns(self, deal: Any, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
+        (first, total), shards, axes = table, self.stack.shards, self.devices.table_axes
+        here, step = jax.lax.axis_index(axes), self.rows * shards
 
-            def write(maker, values):
-                begin = (turn * shards + maker) * self.rows
-                return write_rows(values, pieces[maker], first + begin, jnp.clip(total - begin, 0, self.rows))
+        def turn(number, values):
+            block = self.block(key, number * shards + here)
+            return deal(axes, values, block, first + number * step, total - number * step)
 
-            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
-
-        return jax.lax.fori_loop(jnp.int32(0), -(-total // (self.rows * shards)), group, values)
+        return jax.lax.fori_loop(jnp.int32(0), -(-total // step), turn, values)
 
     def whole(self, values: jax.Array, key: jax.Array, table: jax.Array) -> jax.Array:
         """Makes all blocks of a table that this device has whole."""
@@ -252,6 +217,54 @@ class _Maker:
             return write_rows(values, block, start + number * self.rows, count)
 
         return jax.lax.fori_loop(jnp.int32(0), jnp.where(mine, -(-total // self.rows), jnp.int32(0)), one, values)
+
+
+def deal_rows(axes: Any, values: jax.Array, block: jax.Array, first: Any, count: Any, parts: int = 1) -> jax.Array:
+    """Returns this device's rows of a stack dealt out by row, with those of everybody's blocks written.
+
+    Six rows from row 1 on, in blocks of 3 on 2 devices: device 0 has the rows 1 2 3 and sends 1 3 to device 1.
+
+    Args:
+      axes: of the devices, inside of a shard_map.
+      values: this device's rows.
+      block: of rows one after another; the block of device i follows that of device i - 1.
+      first: row of the stack that the block of device 0 begins with.
+      count: of the rows in all blocks that are meant, from the front.
+      parts: of a block, sent one after another.
+    """
+    shards, rows = jax.lax.axis_size(axes), block.shape[0]
+    here, places = jax.lax.axis_index(axes), jnp.arange(shards, dtype=jnp.int32)
+    part = -(-rows // (shards * parts))
+    begins = first + places * rows
+    # Of the block that is here, device j owns the rows begin, begin + shards, ... from its first one on.
+    own = (places - begins[here]) % shards
+    skipped = (here - begins) % shards
+    counts = jnp.maximum(-((skipped - jnp.clip(count - places * rows, 0, rows)) // shards), 0)
+    starts = (begins + skipped) // shards
+
+    def deal(number, values):
+        done = number * part
+        asked = own[:, None] + shards * (done + jnp.arange(part, dtype=jnp.int32)[None])
+        pieces = jax.lax.all_to_all(jnp.take(block, asked, axis=0, mode="clip"), axes, 0, 0, tiled=True)
+
+        def write(source, values):
+            return write_rows(values, pieces[source], starts[source] + done, jnp.clip(counts[source] - done, 0, part))
+
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(parts), deal, values)
+
+
+def deal_columns(axes: Any, values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:
+    """Returns this device's columns of all rows, with everybody's blocks written; arguments as ``deal_rows``."""
+    shards, rows, width = jax.lax.axis_size(axes), block.shape[0], values.shape[1]
+    pieces = jax.lax.all_to_all(block.reshape(rows, shards, width), axes, 1, 0).reshape(shards, rows, width)
+
+    def write(source, values):
+        begin = source * rows
+        return write_rows(values, pieces[source], first + begin, jnp.clip(count - begin, 0, rows))
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, values)
 
 
 def write_rows(values: jax.Array, block: jax.Array, first: Any, count: Any) -> jax.Array:

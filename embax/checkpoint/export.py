@@ -38,7 +38,7 @@ def export_table(step: Any, table: str, path: Any) -> None:
     >>> plan = embax.plan(embax.FeatureSpec(name="x", table_spec=table, input_shape=(None,), output_shape=(None, 2)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with embax.checkpoint.Checkpoints(folder) as checkpoints:
-    ...         checkpoints.save(7, plan, embax.init(plan, jax.random.key(0)))
+    ...         tables = checkpoints.save(7, plan, embax.init(plan, jax.random.key(0)))
     ...     embax.checkpoint.export_table(f"{folder}/7", "item", f"{folder}/item.safetensors")
     """
     folder, path = Path(step), Path(path)

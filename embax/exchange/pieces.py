@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from embax.exchange.over_mesh import mapped
 from embax.placement import Devices
 from embax.planning import StackPlan
-from embax.sharded_tables import write_rows
+from embax.sharded_tables import deal_columns, deal_rows, write_rows
 
 
 class Part(NamedTuple):
@@ -137,20 +137,8 @@ def _collect_dealt(part: Part, size: int, array: jax.Array, first: jax.Array) ->
 
 
 def _deal_dealt(part: Part, array: jax.Array, pieces: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    shards, here, places, size = part.pieces, _here(part), _everybody(part), pieces.shape[0]
-    begins = first + places * size
-    skipped = (places - begins[here]) % shards  # rows of this piece before the first one of each device
-    own = skipped[:, None] + shards * jnp.arange(-(-size // shards), dtype=jnp.int32)[None]
-    came = _sent(part, jnp.take(pieces, own, axis=0, mode="clip"))
-    missed = (here - begins) % shards
-    valid = jnp.clip(count - places * size, 0, size)
-    counts = jnp.maximum(-((missed - valid) // shards), 0)
-    starts = (begins + missed) // shards
-
-    def write(source, array):
-        return write_rows(array, came[source], starts[source], counts[source])
-
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(shards), write, array)
+    assert part.devices is not None
+    return deal_rows(part.devices.table_axes, array, pieces, first, count)
 
 
 def _first_of(device: Any, begin: Any, shards: int) -> jax.Array:
@@ -181,8 +169,8 @@ def _collect_columns(part: Part, size: int, array: jax.Array, first: jax.Array) 
 
 
 def _deal_columns(part: Part, array: jax.Array, pieces: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    blocks = pieces.reshape(pieces.shape[0], part.pieces, -1).swapaxes(0, 1)
-    return write_rows(array, _sent(part, blocks).reshape(-1, array.shape[1]), first, count)
+    assert part.devices is not None
+    return deal_columns(part.devices.table_axes, array, pieces, first, count)
 
 
 def _collect_whole(part: Part, size: int, array: jax.Array, first: jax.Array) -> jax.Array:

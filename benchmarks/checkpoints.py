@@ -3,7 +3,9 @@
 ``python -m benchmarks.checkpoints [--gigabytes 4] [--devices 1] [--folder DIR]``. The copy is of one file, by
 ``shutil.copyfile`` and ``os.fsync``, for checkpoints are on the disk when they are done. Reads come from the page cache
 in both, unless there is less memory than twice the table. The stall is how long an asynchronous ``save`` holds up
-training; in the meantime training steps are timed beside those without a save.
+training; in the meantime training steps are timed beside those without a save. Then, of a tracked table: the step that
+marks rows beside one that does not, in turns; a save of what 8 steps wrote, its stall, restoring the table with it, and
+the compaction. ``embax.tune_allocator()`` is on.
 """
 
 import argparse
@@ -29,6 +31,7 @@ DIM, SAMPLES, VALENCY = 64, 8192, 20
 def main():
     """Measures one table on one number of devices."""
     args = _arguments()
+    embax.tune_allocator()
     rows = int(args.gigabytes * 1e9) // (4 * DIM)
     table = embax.TableSpec(
         name="table",
@@ -54,7 +57,9 @@ def main():
         print(
             f"restore                    {size / took / 1e9:6.2f} GB/s, {(more - size) / 1e6:6.0f} MB beyond the table"
         )
-        _asynchronous(folder, plan, tables, size)
+        tables = _asynchronous(folder, plan, tables, size)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        _incremental(folder, plan, tables, size)
 
 
 def _copy(folder, size):
@@ -105,6 +110,44 @@ def _asynchronous(folder, plan, tables, size):
     print(
         f"a step alone {1e3 * statistics.median(alone):.1f} ms, during a save {1e3 * statistics.median(beside):.1f} ms"
     )
+    return tables
+
+
+def _incremental(folder, plan, tables, size):
+    step = jax.jit(lambda tables, batch: _trained(plan, tables, batch), donate_argnums=0)
+    rng, stack = np.random.default_rng(1), plan.stacks[0]
+    batches = [
+        embax.preprocess(plan, rng.integers(0, stack.rows, (SAMPLES, VALENCY)).astype(np.int32)) for _ in range(8)
+    ]
+    marks, ratios = embax.track(plan, tables)[stack.name].touched, []
+    for turn in range(24):
+        took = {}
+        for tracked in (turn % 2 == 0, turn % 2 == 1):
+            state = tables[stack.name]._replace(touched=marks if tracked else None)
+            begin = time.perf_counter()
+            tables = jax.block_until_ready(step({stack.name: state}, batches[turn % 8]))
+            took[tracked] = time.perf_counter() - begin
+            marks = tables[stack.name].touched if tracked else marks
+        ratios.append(took[True] / took[False])
+    print(f"a step that marks rows     {statistics.median(ratios[4:]):6.2f} of one that does not, lookup and update")
+    tables = embax.track(plan, tables)
+    with Checkpoints(folder, keep=None) as checkpoints:
+        tables = checkpoints.save(0, plan, tables)
+        checkpoints.wait()
+        for batch in batches:
+            tables = step(tables, batch)
+        jax.block_until_ready(tables)
+        begin = time.perf_counter()
+        tables = checkpoints.save(1, plan, tables)
+        stall = time.perf_counter() - begin
+        checkpoints.wait()
+        took = time.perf_counter() - begin
+        written = sum(p.stat().st_size for p in Path(folder, "1", "tables", "delta.0").rglob("0") if p.is_file())
+        print(f"save of 8 steps' rows      {took:6.2f} s for {written / 1e9:.2f} GB, stall {stall:.2f} s")
+        took, _ = _timed(lambda: jax.block_until_ready(checkpoints.restore(plan).tables))
+        print(f"restore with them          {size / took / 1e9:6.2f} GB/s")
+        took, more = _timed(lambda: checkpoints.compact())
+        print(f"compaction                 {size / took / 1e9:6.2f} GB/s, {more / 1e6:6.0f} MB more memory")
 
 
 def _steps(step, tables, batch, count):

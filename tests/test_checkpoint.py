@@ -1,5 +1,6 @@
 """Law: what is loaded is what was saved, on any devices, in any stacks and placements; a bad file is named."""
 
+import itertools
 import json
 import os
 
@@ -39,6 +40,7 @@ MESHES = {
     "square": lambda: _square(AxisType.Auto),
     "explicit": lambda: _square(AxisType.Explicit),
 }
+PLACEMENTS = ["row", "column", "table", "replicated"]
 STACKS = {"auto": "auto", "none": "none", "pair": {"pair": ["b", "a"]}}
 
 
@@ -90,6 +92,25 @@ def test_other_devices(tmp_path, old, new, placement):
     found = _through(tmp_path, before, after, tables)
     assert found.step == 3 and found.dense is None and found.data is None
     _same(_host(after, found.tables), _host(before, tables))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("old", ["one", "two", "four", "eight"])
+def test_every_plan_to_every_plan(tmp_path, old, placement):
+    """All pairs of devices and placements; optimizers, pairs of stackings and dtypes take turns."""
+    source = 4 * ["one", "two", "four", "eight"].index(old) + PLACEMENTS.index(placement)
+    names, stacks = sorted(OPTIMIZERS), list(STACKS)
+    for round_, first in enumerate(range(source, len(names), 16)):
+        optimizer, dtype = OPTIMIZERS[names[first]].make(), ("float32", "bfloat16", "float16")[source % 3]
+        before = _plan(old, placement, STACKS[stacks[source % 3]], optimizer=optimizer, dtype=dtype)
+        tables = _filled(before)
+        wanted = _host(before, tables)
+        with checkpoint.Checkpoints(tmp_path / str(round_)) as checkpoints:
+            checkpoints.save(0, before, tables)
+            for number, (new, where) in enumerate(itertools.product(["one", "two", "four", "eight"], PLACEMENTS)):
+                after = _plan(new, where, STACKS[stacks[number % 3]], optimizer=optimizer, dtype=dtype)
+                _same(_host(after, checkpoints.restore(after).tables), wanted)
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

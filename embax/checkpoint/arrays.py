@@ -41,19 +41,23 @@ def create(folder: Path, shape: tuple[int, int], dtype: Any) -> Any:
     return tensorstore.open(spec, create=True, open=True).result()
 
 
-def open_array(folder: Path, shape: tuple[int | None, int], dtype: Any) -> Any:
+def open_array(folder: Path, shape: tuple[int | None, int], dtype: Any, kept: int = 0) -> Any:
     """Returns the array on disk, to be read.
 
     Args:
       folder: of it.
       shape: that it must have; None for any number of rows.
       dtype: that it must have.
+      kept: bytes of pieces that are kept, for rows that are asked for again and again.
 
     Raises:
       CheckpointError: it is not there, damaged, or not of that shape and dtype.
     """
     try:
-        array = tensorstore.open(_spec(folder), open=True, read=True).result()
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": kept}})
+        array = tensorstore.open(
+            _spec(folder), open=True, read=True, context=context, recheck_cached_data="open"
+        ).result()
     except ValueError as error:
         raise damaged(folder / "zarr.json", error) from error
     rows = array.shape[0] if shape[0] is None else shape[0]

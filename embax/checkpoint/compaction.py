@@ -1,9 +1,10 @@
 """The deltas of a step laid over its tables, on disk: one document in place of the other is the moment it counts."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from embax.checkpoint import arrays, tables
+from embax.checkpoint import tables
 from embax.checkpoint.deltas import source_of
 from embax.checkpoint.document import files_of, read_document, tables_among, write_document
 
@@ -23,14 +24,7 @@ def compact_step(folder: Path) -> None:
     if not body["deltas"]:
         return
     base = f"base.{1 + int(body['base'].rpartition('.')[2] or 0)}"
-    for table, known in body["tables"].items():
-        for part in known["parts"]:
-            source = source_of(root, body, table, part)
-            target = arrays.create(
-                tables.folder_of(root / base, table, part), source.shape, known["parts"][part]["dtype"]
-            )
-            for first, rows in source.pieces():
-                target[first : first + len(rows)].write(rows).result()
+    tables.write(root / base, _merged(root, body))
     prefix = f"tables/{base}/"
     files = files_of(folder, body["files"])
     for name in tables_among(files):
@@ -39,6 +33,15 @@ def compact_step(folder: Path) -> None:
     body |= {"base": base, "deltas": []}
     write_document(document, body, files)
     _sweep(root, {**body, "files": files})
+
+
+def _merged(root: Path, body: dict) -> Iterator[list[tables.Piece]]:
+    for table, known in body["tables"].items():
+        for part in known["parts"]:
+            source = source_of(root, body, table, part)
+            place = tables.folder_of(Path(), table, part)
+            for first, rows in source.pieces():
+                yield [tables.Piece(place, source.shape, first, rows)]
 
 
 def _sweep(root: Path, body: dict) -> None:

@@ -27,6 +27,7 @@ from embax.checkpoint.tables import Piece, Source, folder_of
 from embax.exchange.pieces import Part, pick
 from embax.table_state import TableState
 
+KEPT = 128 << 20  # bytes of a delta's array that are kept while rows are read: those of neighbours lie near each other
 NUMBERS = "row.numbers"  # the array with the numbers of the rows; in the folder of a part the dot would be written %2E
 
 
@@ -198,7 +199,7 @@ class Overlay:
             for process in _processes(body, below):
                 rows = arrays.open_array(tables / below / process, (None, 1), "int32")
                 values_at = folder_of(tables / delta, table, part) / process
-                values = arrays.open_array(values_at, (rows.shape[0], known["width"]), known["dtype"])
+                values = arrays.open_array(values_at, (rows.shape[0], known["width"]), known["dtype"], KEPT)
                 numbers = arrays.arrived(rows.read(), tables / below / process)[:, 0]
                 self.layers.append(_Layer(numbers, values, values_at))
 

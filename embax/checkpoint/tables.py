@@ -20,6 +20,7 @@ from embax.planning import TablePlan
 from embax.table_state import TableState
 
 LONGEST_NAME = 255
+AHEAD = 4  # pieces asked for before they are needed
 IN_FLIGHT = 16  # pieces on their way to or from the disk: a disk takes its time to say that it has them
 
 
@@ -112,10 +113,13 @@ class Source(NamedTuple):
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the first row of every piece, and its rows."""
-        stored, size = self.open()
-        for first in range(0, self.shape[0], size):
-            rows = stored[first : min(first + size, self.shape[0])].read()
-            yield first, self.over(first, arrays.arrived(rows, self.folder))
+        (stored, size), (count, _) = self.open(), self.shape
+        asked: dict[int, Any] = {}
+        for first in range(0, count, size):
+            for ahead in range(first, min(first + AHEAD * size, count), size):
+                if ahead not in asked:
+                    asked[ahead] = stored[ahead : min(ahead + size, count)].read()
+            yield first, self.over(first, arrays.arrived(asked.pop(first), self.folder))
 
 
 def read(source: Source, part: Part, table: TablePlan, array: jax.Array) -> jax.Array:
@@ -172,13 +176,11 @@ def _arrived(part: Part, asked: dict[int, Any], form: tuple[int, int, int], dtyp
     start, size, width = form
     rows = {}
     for number, future in asked.items():
-        rows[number] = np.zeros((size, width), dtype)
+        found = np.zeros((0, width), dtype)
         if future is not None:
             found = source.over(start + number * size, arrays.arrived(future, source.folder)).astype(dtype, copy=False)
-            if found.shape[0] == size:
-                rows[number] = found
-            else:
-                rows[number][: found.shape[0]] = found
+        missing = size - found.shape[0]
+        rows[number] = np.pad(found, ((0, missing), (0, 0))) if missing else found
     if part.devices is None:
         return jnp.asarray(rows[0])
     sharding = part.devices.sharding(part.pieces_spec())

@@ -66,6 +66,8 @@ def deal(part: Part, array: jax.Array, pieces: jax.Array, first: Any, count: Any
       first: row of the stack.
       count: of the rows in pieces, from the front.
     """
+    if part.devices is None and count >= pieces.shape[0]:
+        return _put(array, pieces, jnp.int32(first))
     return _deal(part, array, pieces, jnp.int32(first), jnp.int32(count))
 
 
@@ -108,6 +110,11 @@ def _deal(part: Part, array: jax.Array, pieces: jax.Array, first: jax.Array, cou
     local = functools.partial(_DEALERS[part.split], part)
     in_specs = (part.spec, part.pieces_spec(), P(), P())
     return mapped(part.devices, local, in_specs, part.spec)(array, pieces, first, count)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, rows: jax.Array, first: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, rows, (first, jnp.int32(0)))
 
 
 def _here(part: Part) -> jax.Array:

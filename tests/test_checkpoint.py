@@ -470,7 +470,7 @@ def test_damage_is_named(tmp_path, damage):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"version": 2}, "the format has version 3, and this embax reads 1 and 2; install a newer embax"),
+        ({"version": 3}, "the format has version 3, and this embax reads 1 and 2; install a newer embax"),
         ({"format": "other"}, "the format is 'other', and not 'embax-checkpoint'; it was not written by embax"),
         ({"step": 9}, "the checksum does not fit: the document was changed; load another step"),
     ],

@@ -297,3 +297,5 @@ def test_tables_that_go_on_no_mesh():
         layers.on_mesh(line_of(4))
     with pytest.raises(ValueError, match="that is on no mesh yet"):
         embax.Table(jnp.zeros((ROWS, DIM)), embax.SGD(0.1)).on_mesh(line_of(4)).on_mesh(line_of(4))
+    with pytest.raises(ValueError, match=r"an AbstractMesh has no devices to place rows on; give a jax.sharding.Mesh"):
+        embax.Table(jnp.zeros((ROWS, DIM)), embax.SGD(0.1)).on_mesh(jax.sharding.AbstractMesh((4,), ("x",)))

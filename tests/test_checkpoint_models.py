@@ -99,6 +99,33 @@ def test_nnx_with_more_rows_and_for_serving(tmp_path):
     np.testing.assert_array_equal(served(ids, words), model(ids, words))
 
 
+@pytest.mark.parametrize("where", [{}, {"mesh": 4}])
+def test_a_model_of_shapes_becomes_one_of_arrays(tmp_path, where):
+    where = {"mesh": line_of(4), "placement": "row"} if where else {}
+
+    def built(rows=21):
+        model = Model(3, rows, **where)
+        return model, embax.nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), max_norm=1.0)
+
+    model, optimizer, _ = _nnx(2)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        nnx_checkpoints.save(checkpoints, 2, model, optimizer)
+        shapes, its_optimizer = nnx.eval_shape(built)
+        nnx_checkpoints.restore(checkpoints, shapes, its_optimizer)
+        assert _train_nnx(shapes, its_optimizer, 2) == pytest.approx(_train_nnx(model, optimizer, 2), rel=1e-5)
+        larger, its_optimizer = nnx.eval_shape(lambda: built(30))
+        with pytest.raises(checkpoint.CheckpointError, match="vocabulary_size was 21 and is 30: pass key="):
+            nnx_checkpoints.restore(checkpoints, larger, its_optimizer)
+        nnx_checkpoints.restore(checkpoints, larger, its_optimizer, key=jax.random.key(1))
+        words = embax.nnx.Embed(14, DIM, optimizer=embax.Adagrad(0.1), rngs=nnx.Rngs(0))
+        nnx_checkpoints.save(checkpoints, 3, words)
+        words = nnx.eval_shape(lambda: embax.nnx.Embed(15, DIM, optimizer=embax.Adagrad(0.1), rngs=nnx.Rngs(0)))
+        with pytest.raises(
+            checkpoint.CheckpointError, match="was 14 and is 15: give a model that has rows, not its sh"
+        ):
+            nnx_checkpoints.restore(checkpoints, words, key=jax.random.key(1))
+
+
 def _states(model, optimizer):
     return {
         name: embax.TableState(table.get_value(), optimizer.slots[f"encoder/tables/{name}"].get_value())

@@ -6,7 +6,7 @@ from typing import Any
 from embax.checkpoint.checkpoints import Checkpoints, Restored
 from embax.checkpoint.held import Held
 from embax.checkpoint.loading import Choice
-from embax.checkpoint.trees import own_table
+from embax.checkpoint.trees import flat, own_table
 from embax.gradients.joint_optimizer import merge, split
 from embax.gradients.table import Table
 from embax.planning import Plan
@@ -55,7 +55,8 @@ def restore(
 
     Args:
       checkpoints: where from.
-      state: made as the saved one, on any devices; rows of a vocabulary that has grown are its own.
+      state: made as the saved one, on any devices; rows of a vocabulary that has grown are its own. Of shapes
+        (``jax.eval_shape``) nothing need be in memory twice.
       plans: as for ``save``.
       step: None for the newest.
       choice: as for ``Checkpoints.restore``, but serving.
@@ -95,8 +96,7 @@ def _parts(state: Any, plans: Any) -> tuple[list[tuple[Held, TableState]], dict[
     held = []
     marks = state.touched or (None,) * len(tables)
     for table, slots, touched in zip(tables, state.slots, marks, strict=True):
-        rows = table.value.reshape(-1, table.shape[-1]) if table.value.ndim > 2 else table.value
-        held.append((_held(table, plans), TableState(rows, slots, touched)))
+        held.append((_held(table, plans), TableState(flat(table.value), slots, touched)))
     names = ("step", "opt_state", "updates", "pending")
     return held, {"params": params, **{name: getattr(state, name) for name in names}}
 

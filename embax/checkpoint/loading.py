@@ -63,7 +63,7 @@ def check_fits(folder: Path, stored: Mapping[str, dict], wanted: Wanted, choice:
     check_names([held for held, _ in wanted])
     _check_accept(choice.accept)
     found, tables = [], described((held, None) for held, _ in wanted)
-    given = {held.name(table) for held, state in wanted if state is not None for table in held.stack.tables}
+    given = {held.name(table) for held, state in wanted if _has_rows(state) for table in held.stack.tables}
     unknown = [name for name in choice.rename if name not in tables]
     if unknown:
         raise CheckpointError(f"restore: rename names table {unknown[0]!r}, and the tables wanted are {sorted(tables)}")
@@ -100,7 +100,7 @@ def load(folder: Path, body: Mapping[str, Any], held: Held, state: TableState | 
     sources = {table.name: choice.rename.get(held.name(table), held.name(table)) for table in stack.tables}
     grown = any(table.vocabulary_size > stored[sources[table.name]]["vocabulary_size"] for table in stack.tables)
     begin = _blank(held, choice)
-    if state is not None and grown:
+    if grown and _has_rows(state):
         copied = jax.tree.map(jnp.copy, state)
         begin = copied if choice.keeps_slots else begin._replace(table=copied.table)
     made = held.parts(begin)
@@ -117,13 +117,22 @@ def load(folder: Path, body: Mapping[str, Any], held: Held, state: TableState | 
     return TableState(rows, slots, untouched(stack, held.devices, body["mark"] if choice.keeps_slots else 0))
 
 
+def _has_rows(state: TableState | None) -> bool:
+    """Returns whether a state is of arrays, and not of their shapes."""
+    return state is not None and isinstance(state.table, jax.Array)
+
+
 def _sizes(stored: dict, wanted: dict, choice: Choice, given: bool) -> list[str]:
     old, new, found = stored["vocabulary_size"], wanted["vocabulary_size"], []
     if max(stored.get("layers", 1), wanted["layers"]) > 1 and old != new:
         return [f"its {wanted['layers']} layers had {old} rows together and have {new}: layers cannot grow or shrink"]
     if new < old and not choice.shrink:
         found.append(f"vocabulary_size was {old} and is {new}: rows would be lost; pass shrink=True to lose them")
-    if new > old and choice.key is None and not given:
+    if new > old and not given and wanted["initializer"] is None:
+        found.append(
+            f"vocabulary_size was {old} and is {new}: give a model that has rows, not its shapes, for the new ones"
+        )
+    elif new > old and not given and choice.key is None:
         found.append(f"vocabulary_size was {old} and is {new}: pass key=, as for embax.init, for the new rows")
     if choice.keeps_slots and set(stored["parts"]) != set(wanted["parts"]):
         old_slots, new_slots = (sorted(set(parts) - {"table"}) for parts in (stored["parts"], wanted["parts"]))

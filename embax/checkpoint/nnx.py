@@ -2,15 +2,16 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from embax.checkpoint.checkpoints import Checkpoints, Restored
 from embax.checkpoint.held import Held, held_by
 from embax.checkpoint.loading import Choice
-from embax.checkpoint.trees import own_table
+from embax.checkpoint.trees import flat, own_table
 from embax.nnx.feature_embed import FeatureEmbed
 from embax.nnx.gradients import table_name
-from embax.nnx.variables import Marks, Sentinel, Slots, Table, table_leaf
+from embax.nnx.variables import Marks, Sentinel, Slots, Table, sentinel, table_leaf
 from embax.table_state import TableState
 
 
@@ -54,7 +55,8 @@ def restore(
 
     Args:
       checkpoints: where from.
-      model: built as the saved one, on any devices; rows of a vocabulary that has grown stay as they are.
+      model: built as the saved one, on any devices; rows of a vocabulary that has grown stay as they are. Of a model of
+        shapes (``nnx.eval_shape``) nothing need be in memory twice.
       optimizer: an ``embax.nnx.Optimizer`` of it; None for none: no slot variables are read then.
       step: None for the newest.
       choice: as for ``Checkpoints.restore``.
@@ -77,6 +79,9 @@ def restore(
         if optimizer is not None:
             optimizer.slots[name].set_value(state.slots)
     _put_marks(optimizer, tables, found.tables)
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, Sentinel) and isinstance(variable.get_value(), jax.ShapeDtypeStruct):
+            variable.set_value(sentinel().get_value())
     nnx.update(model, found.dense["model"])
     if optimizer is not None:
         nnx.update(optimizer, found.dense["optimizer"])
@@ -108,7 +113,7 @@ def _tables(model: Any) -> list[tuple[Held, Table, str]]:
 
 def _state(variable: Table, name: str, optimizer: Any) -> TableState:
     value = variable.get_value()
-    rows = value.reshape(-1, value.shape[-1]) if value.ndim > 2 else value
+    rows = flat(value)
     if optimizer is None:
         return TableState(rows, ())
     touched = optimizer.touched[name].get_value() if optimizer.touched else None

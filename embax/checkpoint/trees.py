@@ -77,6 +77,14 @@ def placed_as(array: Any, wanted: Any) -> Any:
     return jnp.asarray(np.asarray(array))
 
 
+def flat(table: Any) -> Any:
+    """Returns the layers of a table one after another, ``[rows, embedding_dim]``: of an array, or of a shape."""
+    shape = (math.prod(table.shape[:-1]), table.shape[-1])
+    if isinstance(table, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, table.dtype)
+    return table.reshape(shape) if table.ndim > 2 else table
+
+
 def own_table(name: str, table: Table) -> Held:
     """Returns a table that no plan knows, ``[vocabulary_size, embedding_dim]``; layers are one after another."""
     if table.home is not None and table.home.stack.features:  # of a FeatureEmbed: it knows its tables itself

@@ -244,6 +244,16 @@ def _trained(plan, tables, batch):
     return embax.update(plan, tables, residuals, jax.tree.map(jnp.cos, activations), step=0)
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    plan, folder = _plan(), tmp_path / "misspelt"
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="there is no such folder; save a step first, or mend the"):
+            checkpoints.restore(plan)
+        assert checkpoints.steps() == [] and not folder.exists()
+        checkpoints.save(0, plan, _filled(plan))
+        assert checkpoints.restore(plan).step == 0
+
+
 def test_a_step_that_is_there(tmp_path):
     plan = _plan()
     tables = _filled(plan)

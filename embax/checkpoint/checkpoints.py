@@ -1,6 +1,7 @@
 """Checkpoints of training: tables with their slots, the dense part, and where the data stood, by one call."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import operator
@@ -52,7 +53,7 @@ class Checkpoints:
     it as they are. Every process of a job calls every method; one job writes into a folder.
 
     Args:
-      directory: an absolute path, or one relative to the working directory; made if it is not there.
+      directory: an absolute path, or one relative to the working directory; made when the first step is saved.
       keep: how many of the newest steps stay; None for all.
       keep_every: steps that are multiples of it stay, too.
       asynchronous: ``save`` copies the tables to the host and returns; files are written while training goes on. False
@@ -91,10 +92,14 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"Checkpoints: {self.directory} is a file; name a folder")
         self._under_way: int | None = None
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=asynchronous, create=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry())
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Made when it is needed, for it makes the folder: a name that is misspelt must not leave one behind.
+        return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=registry())
 
     def save(
         self, step: int, plan: Plan, tables: Mapping[str, TableState], *, dense: Any = None, data: Any = None
@@ -201,12 +206,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that are whole, from the oldest to the newest."""
+        if not self.directory.exists():
+            return []
         if not self._manager.is_saving_in_progress():
             self._manager.reload()  # another process may have written, too
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk; what went wrong there is raised here."""
+        if "_manager" not in self.__dict__:
+            return
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever Orbax, TensorStore or the disk has to say
@@ -221,7 +230,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if "_manager" in self.__dict__:
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -236,6 +246,8 @@ class Checkpoints:
 
     def _step(self, step: int | None) -> int:
         steps = self.steps()
+        if not self.directory.exists():
+            raise CheckpointError(f"{self.directory}: there is no such folder; save a step first, or mend the name")
         if not steps:
             raise CheckpointError(f"{self.directory}: there is no checkpoint; save one, or name another folder")
         if step is not None and step not in steps:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -19,7 +20,7 @@ from embax.checkpoint.document import ADDED, read_document
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.handlers import DENSE, DOCUMENT, TABLES, DocumentArgs, TablesArgs, registry
 from embax.checkpoint.held import Held, check_names, held_by, states_of
-from embax.checkpoint.increments import base_of, is_tracked, new_mark
+from embax.checkpoint.increments import base_of, is_tracked, new_mark, placed_marks
 from embax.checkpoint.loading import Choice, Wanted, check_fits, load
 from embax.checkpoint.tables import folder_of
 from embax.checkpoint.trees import check_forms, forms_of, named_leaves, placed_as, with_leaves
@@ -92,6 +93,7 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"Checkpoints: {self.directory} is a file; name a folder")
         self._under_way: int | None = None
+        self._everything = False
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every, enable_async_checkpointing=asynchronous, create=True
         )
@@ -135,10 +137,11 @@ class Checkpoints:
             data = json.loads(json.dumps(data, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"save: data is not of JSON ({error}); give numbers, texts, lists and dicts") from None
+        tables = [(held, placed_marks(held, state)) for held, state in tables]
         known = described(tables)
         body = {"step": step, "tables": known, "dense": forms_of(leaves) if leaves else None, "data": data, **ADDED}
         base, body["mark"] = None, new_mark() if is_tracked(tables) else 0
-        if body["mark"]:
+        if body["mark"] and not self._everything:
             base = base_of(self.directory, self.steps(), tables, known, self._deltas)
         if base is not None:
             body |= {"base": base.body["base"], "deltas": [*base.body["deltas"], base.delta]}
@@ -148,7 +151,7 @@ class Checkpoints:
         }
         if leaves:
             items[DENSE] = ocp.args.StandardSave(leaves)
-        self._under_way = step
+        self._under_way, self._everything = step, False
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         if not body["mark"]:
             return [state for _, state in tables]
@@ -188,16 +191,27 @@ class Checkpoints:
         tables = [load(folder / TABLES, body, held, state, choice) for held, state in wanted]
         return Restored(step, tables, found, body["data"])
 
+    def forget_marks(self) -> None:
+        """Makes the next save write everything: rows were changed of which no mark tells."""
+        self._everything = True
+
     def compact(self, step: int | None = None) -> None:
         """Lays the deltas of a step over its tables, on disk, so that it has tables alone; None for the newest.
 
         A death at any moment leaves the step as it was, or as it shall be. The memory of a few pieces is needed.
         """
         self.wait()
-        step = self._step(step)
+        folder, failure = self.directory / str(self._step(step)), None
         if jax.process_index() == 0:
-            compact_step(self.directory / str(step))
-        multihost_utils.sync_global_devices("embax.compact")
+            try:
+                compact_step(folder)
+            except CheckpointError as error:
+                failure = error
+        done = failure is None
+        if jax.process_count() > 1:
+            done = bool(multihost_utils.broadcast_one_to_all(np.int32(done)))
+        if not done:
+            raise failure or CheckpointError(f"{folder}: the first process could not compact it, and says why")
 
     def delete(self, step: int) -> None:
         """Deletes a step; CheckpointError if there is none of that number."""

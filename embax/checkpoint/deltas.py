@@ -38,11 +38,13 @@ class Written(NamedTuple):
       lists: rising int32 rows of this process's devices, by the number of the device: as ``pick`` takes them.
       rows: the same rows by their numbers in the stack.
       longest: of the lists of all processes.
+      size: rows of every list that are taken at a time.
     """
 
     lists: dict[int, np.ndarray]
     rows: dict[int, np.ndarray]
     longest: int
+    size: int = 1
 
 
 def written(held: Held, touched: Any) -> Written:
@@ -92,10 +94,13 @@ def turns(delta: str, tables: Iterable[tuple[Held, TableState]]) -> Iterator[lis
       tables: as they are held, and their states, which are tracked.
     """
     for held, state in tables:
-        found = written(held, state.touched)
-        for name, array in held.parts(state).items():
-            yield from _turns_of(delta, held, found, name, array)
-        yield from _turns_of(delta, held, found, NUMBERS, None)
+        found, parts = written(held, state.touched), held.parts(state)
+        # One size for all: turn by turn, device by device the rows come in the order of their numbers.
+        size = min(arrays.piece_rows(held.stack.rows, part.shape[1], part.dtype) for part in parts.values())
+        size = min(size, 1 << max(0, found.longest - 1).bit_length())
+        for name, array in parts.items():
+            yield from _turns_of(delta, held, found._replace(size=size), name, array)
+        yield from _turns_of(delta, held, found._replace(size=size), NUMBERS, None)
 
 
 def _turns_of(delta: str, held: Held, found: Written, name: str, array: Any) -> Iterator[list[Piece]]:
@@ -108,7 +113,7 @@ def _turns_of(delta: str, held: Held, found: Written, name: str, array: Any) -> 
         )
         for table in held.stack.tables
     }
-    size = min(arrays.piece_rows(held.stack.rows, width, dtype), 1 << max(0, found.longest - 1).bit_length())
+    size = found.size
     for start in range(0, found.longest, size):
         values = None if array is None else _picked(held.part(name), array, found, start, size)
         pieces = []

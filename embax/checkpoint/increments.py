@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from embax.checkpoint.document import read_body, tables_among
+from embax.checkpoint.document import read_body, read_document, tables_among
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.held import Held
+from embax.sharded_tables import touched_spec
 from embax.table_state import TableState
 
 # Deltas that would together be larger than this part of the tables are not worth it: a save then writes everything.
@@ -100,12 +101,22 @@ def _step_of(directory: Path, steps: Sequence[int], mark: int) -> tuple[int, dic
     for step in reversed(steps):
         folder = directory / str(step)
         try:
-            body = read_body(folder / "embax", folder)
-        except CheckpointError:  # a step that is damaged is none to go on from
+            if read_body(folder / "embax", folder)["mark"] == mark:
+                return step, read_document(folder / "embax", folder)
+        except CheckpointError:  # a step of which a file is damaged or missing is none to go on from
             continue
-        if body["mark"] == mark:
-            return step, body
     return None
+
+
+def placed_marks(held: Held, state: TableState) -> TableState:
+    """Returns a state whose marks lie as its rows do, wherever somebody has put them: on the host, for one."""
+    touched = state.touched
+    if touched is None:
+        return state
+    if held.devices is None:
+        return state._replace(touched=jax.tree.map(jnp.asarray, touched))
+    rows = jax.device_put(touched.rows, held.devices.sharding(touched_spec(held.stack, held.devices)))
+    return state._replace(touched=touched._replace(rows=rows, since=jnp.asarray(touched.since)))
 
 
 def _written_bytes(tables: Sequence[tuple[Held, TableState]], described: dict) -> int:

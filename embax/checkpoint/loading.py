@@ -42,6 +42,15 @@ class Choice:
     shrink: bool = False
     track: bool = False
 
+    def __post_init__(self):
+        if self.serving and self.track:
+            raise TypeError("restore: serving=True is for lookups, and track=True for training; leave one of them out")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a later save may go on from the checkpoint: tables and slots are, by their names, what it has."""
+        return self.keeps_slots and all(name == source for name, source in self.rename.items())
+
     @property
     def keeps_slots(self) -> bool:
         """Whether slot variables are those of the checkpoint."""
@@ -113,8 +122,7 @@ def load(folder: Path, body: Mapping[str, Any], held: Held, state: TableState | 
     slots = slots._make(made.values()) if hasattr(slots, "_make") else tuple(made.values())
     if not choice.track and (state is None or state.touched is None):
         return TableState(rows, slots)
-    # Of slots that begin anew the checkpoint has other values: a save that goes on from it would keep those.
-    return TableState(rows, slots, untouched(stack, held.devices, body["mark"] if choice.keeps_slots else 0))
+    return TableState(rows, slots, untouched(stack, held.devices, body["mark"] if choice.goes_on else 0))
 
 
 def _has_rows(state: TableState | None) -> bool:

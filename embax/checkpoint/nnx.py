@@ -57,7 +57,8 @@ def restore(
       checkpoints: where from.
       model: built as the saved one, on any devices; rows of a vocabulary that has grown stay as they are. Of a model of
         shapes (``nnx.eval_shape``) nothing need be in memory twice.
-      optimizer: an ``embax.nnx.Optimizer`` of it; None for none: no slot variables are read then.
+      optimizer: an ``embax.nnx.Optimizer`` of it; None for none: no slot variables are read then, and the next ``save``
+        of ``checkpoints`` writes all rows.
       step: None for the newest.
       choice: as for ``Checkpoints.restore``.
 
@@ -70,6 +71,7 @@ def restore(
         raise TypeError("restore: track=True is for plans; call optimizer.track_rows(model) before")
     if optimizer is None:
         choice["serving"] = True
+        checkpoints.forget_marks()  # those of an optimizer of this model, if there is one, no longer tell
     tables = list(_tables(model))
     wanted = [(held, _state(variable, name, optimizer)) for held, variable, name in tables]
     dense = _dense(model, optimizer)

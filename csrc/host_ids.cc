@@ -1,6 +1,7 @@
-// What Python calls on the host by ctypes: the ids of a feature, and the distinct rows of a batch.
+// What Python calls on the host by ctypes: the ids of a feature, the distinct rows of a batch, and what it needs of parts.
 
 #include "host_ids.h"
+#include "host_partitions.h"
 
 #include <memory>
 #include <new>
@@ -103,6 +104,13 @@ int64_t embax_host_fill(int type, const embax::host::Rule* rule, const embax::ho
 // Returns the number of distinct rows, or -1: no memory, or more rows than int32 can number.
 int64_t embax_host_unique(const int32_t* rows, int64_t count, int32_t bound, int32_t* unique, int32_t* inverse) {
   return unique_rows(rows, count, bound, unique, inverse);
+}
+
+// Returns 0, or -1: no memory, or more rows than the table of those that were seen can hold.
+int64_t embax_host_partitions(const int32_t* rows, int64_t count, const int32_t* offsets, int64_t samples,
+                              int64_t part_rows, int64_t parts, int32_t* ids, int32_t* distinct) {
+  if (count > (int64_t{1} << 30) || part_rows < 1) return kRefused;
+  return embax::host::count_partitions(rows, count, offsets, samples, part_rows, parts, ids, distinct) ? 0 : kRefused;
 }
 
 }  // extern "C"

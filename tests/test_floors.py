@@ -117,4 +117,7 @@ def test_the_tail_is_short():
                 count = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
                 count += bool(arguments.vararg) + bool(arguments.kwarg)
                 assert length <= 60, f"embax.{name}.{node.name} has {length} lines"
-                assert count <= 7, f"embax.{name}.{node.name} has {count} arguments"
+                # The signatures of the SparseCore API are given.
+                assert count <= 7 or name.startswith("sparsecore.lib"), (
+                    f"embax.{name}.{node.name} has {count} arguments"
+                )

@@ -166,6 +166,25 @@ def test_distinct_rows(rows, bound, scale):
             assert (inverse <= len(wanted)).all()
 
 
+@given(
+    st.lists(st.lists(st.integers(-3, 23), max_size=9), max_size=30),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_partitions(samples, part_rows, parts, spare):
+    """Of parts of a table: rows of a sample count once, distinct rows once."""
+    rows = np.array([row for sample in samples for row in sample] + [2] * spare, np.int32)
+    offsets = np.cumsum([0, *map(len, samples)]).astype(np.int32)
+    end = part_rows * parts
+    once = [row // part_rows for sample in samples for row in set(sample) if 0 <= row < end]
+    distinct = [row // part_rows for row in {row for sample in samples for row in sample} if 0 <= row < end]
+    wanted = [np.bincount(np.array(found, int), minlength=parts) for found in (once, distinct)]
+    for name in WAYS[:2]:
+        with way(name):
+            np.testing.assert_array_equal(host.partitions(rows, offsets, part_rows, parts), wanted)
+
+
 @pytest.mark.parametrize("size", [1000, 163_840])
 def test_distinct_rows_of_a_large_batch(size):
     rng = np.random.default_rng(0)

@@ -1,4 +1,5 @@
-// Fuzzing of the host's part: the ids of a feature, and the distinct rows of a batch, from any bytes whatever. Every
+// Fuzzing of the host's part: the ids of a feature, the distinct rows of a batch and what it needs of parts, from any
+// bytes whatever. Every
 // array lies in a heap block of exactly its size, which AddressSanitizer guards; the law of host_ids.h is asserted
 // besides.
 
@@ -10,6 +11,8 @@
 #include "host_ids.h"
 
 extern "C" int64_t embax_host_fill(int type, const embax::host::Rule* rule, const embax::host::Job* job);
+extern "C" int64_t embax_host_partitions(const int32_t* rows, int64_t count, const int32_t* offsets, int64_t samples,
+                                         int64_t part_rows, int64_t parts, int32_t* ids, int32_t* distinct);
 extern "C" int64_t embax_host_unique(const int32_t* rows, int64_t count, int32_t bound, int32_t* unique,
                                      int32_t* inverse);
 
@@ -127,6 +130,39 @@ void fill(Bytes& bytes) {
   check_filled(rule, job, type, ids, written);
 }
 
+void partitions(Bytes& bytes) {
+  const int64_t count = bytes.below(300), samples = bytes.below(40), part_rows = 1 + bytes.below(20);
+  const int64_t parts = 1 + bytes.below(5);
+  Array<int32_t> rows(count), offsets(samples + 1), ids(parts), distinct(parts);
+  for (int32_t& row : rows)
+    row = bytes.below(8) == 0 ? bytes.take<int32_t>() : static_cast<int32_t>(bytes.below(70)) - 5;
+  const bool honest = bytes.below(4) != 0;
+  int64_t last = 0;
+  for (int32_t& offset : offsets) {
+    if (honest) last = std::min(count, last + bytes.below(20));
+    offset = honest ? static_cast<int32_t>(last) : bytes.take<int32_t>();
+  }
+  const int64_t done = embax_host_partitions(rows.data(), count, offsets.data(), samples, part_rows, parts, ids.data(),
+                                             distinct.data());
+  EMBAX_CHECK(done == 0, "refused");
+  if (!honest) return;
+  std::set<std::pair<int64_t, int32_t>> once;
+  std::set<int32_t> all;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    for (int64_t i = offsets[sample]; i < offsets[sample + 1]; ++i) {
+      if (rows[i] < 0 || rows[i] >= part_rows * parts) continue;
+      once.insert({sample, rows[i]});
+      all.insert(rows[i]);
+    }
+  }
+  Array<int32_t> want(parts), want_distinct(parts);
+  for (const auto& [sample, row] : once) ++want[row / part_rows];
+  for (int32_t row : all) ++want_distinct[row / part_rows];
+  for (int64_t part = 0; part < parts; ++part) {
+    EMBAX_CHECK(ids[part] == want[part] && distinct[part] == want_distinct[part], "part %ld", static_cast<long>(part));
+  }
+}
+
 void unique(Bytes& bytes) {
   const int64_t count = bytes.below(500);
   const int32_t bound = bytes.below(4) == 0 ? bytes.take<int32_t>() : static_cast<int32_t>(bytes.below(60));
@@ -154,10 +190,10 @@ void unique(Bytes& bytes) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   embax::test::Bytes bytes{data, size};
-  if (bytes.below(4) == 0) {
-    embax::test::unique(bytes);
-  } else {
-    embax::test::fill(bytes);
+  switch (bytes.below(4)) {
+    case 0: embax::test::unique(bytes); break;
+    case 1: embax::test::partitions(bytes); break;
+    default: embax::test::fill(bytes);
   }
   return 0;
 }

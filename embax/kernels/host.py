@@ -160,12 +160,43 @@ def distinct_rows(rows: np.ndarray, bound: int) -> tuple[np.ndarray, np.ndarray]
     return unique, inverse.astype(np.int32).reshape(-1)
 
 
+def partitions(rows: np.ndarray, offsets: np.ndarray, part_rows: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many rows a batch needs of each part of a table, a sample's each once; and how many distinct ones.
+
+    Args:
+      rows: int32 ``[n]``; those outside of ``[0, part_rows * parts)`` are absent.
+      offsets: int32 ``[samples + 1]``: where the rows of each sample begin, and the end.
+      part_rows: rows of a part.
+      parts: how many there are.
+
+    Returns:
+      int32 ``[parts]`` twice.
+
+    >>> [counts.tolist() for counts in partitions(np.array([5, 5, 1, 5, 0]), np.array([0, 3, 5]), 4, 2)]
+    [[2, 2], [2, 1]]
+    """
+    rows, offsets = (packed(np.asarray(array, np.int32)) for array in (rows, offsets))
+    call, found = _functions(), (np.empty(parts, np.int32), np.empty(parts, np.int32))
+    if call is not None:
+        given = _address(rows), rows.size, _address(offsets), offsets.size - 1, part_rows, parts
+        if call.partitions(*given, *map(_address, found)) >= 0:
+            return found
+    sample = np.repeat(np.arange(offsets.size - 1, dtype=np.int64), np.diff(offsets))
+    own = rows[offsets[0] : offsets[-1]]
+    inside = (own >= 0) & (own < part_rows * parts)
+    once = np.unique(sample[inside] * (part_rows * parts) + own[inside]) % (part_rows * parts)
+    counts = (np.bincount(each // part_rows, minlength=parts) for each in (once, np.unique(once)))
+    first, second = (count.astype(np.int32) for count in counts)
+    return first, second
+
+
 # ---- native ------------------------------------------------------------------------------------------------
 
 
 class _Functions(NamedTuple):
     fill: Callable[..., int]
     unique: Callable[..., int]
+    partitions: Callable[..., int]
 
 
 @functools.cache
@@ -176,13 +207,17 @@ def _functions() -> _Functions | None:
         return None
     try:
         fill, unique = library.embax_host_fill, library.embax_host_unique
+        partitions = library.embax_host_partitions
     except AttributeError:
         return None
     fill.argtypes, fill.restype = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int64
     address = ctypes.c_void_p
     unique.argtypes = [address, ctypes.c_int64, ctypes.c_int32, address, address]
     unique.restype = ctypes.c_int64
-    return _Functions(fill, unique)
+    size = ctypes.c_int64
+    partitions.argtypes = [address, size, address, size, size, size, address, address]
+    partitions.restype = size
+    return _Functions(fill, unique, partitions)
 
 
 def _address(array: Any) -> int:

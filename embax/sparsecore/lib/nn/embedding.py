@@ -1,0 +1,395 @@
+"""The primitives of the SparseCore API, on any backend: prepare, preprocess, look up, update, initialize.
+
+What has to do with TPU hardware is accepted and has no effect on the numbers; no id is ever lost.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from embax.sparsecore.inputs import LIMITS, Cores, from_coordinates, preprocessed
+from embax.sparsecore.inputs import PreprocessedInput as PreprocessedInput
+from embax.sparsecore.inputs import SparseDenseMatmulInput as SparseDenseMatmulInput
+from embax.sparsecore.lib.nn import table_stacking
+from embax.sparsecore.lib.nn.table_stacking import LimitsCallable as LimitsCallable
+from embax.sparsecore.lib.nn.table_stacking import get_default_limits as get_default_limits
+from embax.sparsecore.lib.nn.table_stacking import stack_tables as stack_tables
+from embax.sparsecore.matmul import EmbeddingVariables as EmbeddingVariables
+from embax.sparsecore.matmul import arrays_of, check_stacks, looked_up, stacked, stepped, unstacked
+from embax.sparsecore.statistics import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
+from embax.sparsecore.translation import check_names, stacks_of
+from embax.sparsecore.utils import utils
+from embax.sparsecore.variables import initial_variables
+from embax.specs import FeatureSpec, StackedTableSpec, TableSpec
+
+
+class EmbeddingVariablesInitializer(NamedTuple):
+    """Initializers of rows and slots, ``(key, shape, dtype) -> array``."""
+
+    table: Any
+    slot: tuple
+
+
+def get_table_specs(feature_specs: Any) -> dict[str, TableSpec]:
+    """Returns the tables of features by name; ValueError for a name that two of them have."""
+    leaves, tables = table_stacking.feature_leaves(feature_specs), {}
+    check_names(leaves)
+    for feature in leaves:
+        known = tables.setdefault(feature.table_spec.name, feature.table_spec)
+        if known != feature.table_spec:
+            raise ValueError(
+                f'table "{known.name}" is defined twice, with other settings; share one TableSpec, or rename one'
+            )
+    return tables
+
+
+def get_stacked_table_specs(feature_specs: Any) -> dict[str, StackedTableSpec]:
+    """Returns the stacks of prepared features by name; ValueError for a table that is in none."""
+    return {name: stack.spec for name, stack in stacks_of(feature_specs).items()}
+
+
+def prepare_feature_specs_for_training(
+    feature_specs: Any, global_device_count: int, num_sc_per_device: int | None = None
+) -> None:
+    """Gives every table that is in no stack its own stack, in place; features of one table in order of their names.
+
+    Args:
+      feature_specs: any pytree of FeatureSpecs.
+      global_device_count: devices of all processes.
+      num_sc_per_device: SparseCores of each; None for those of this machine.
+
+    >>> import jax, embax
+    >>> table = embax.TableSpec(name="a", vocabulary_size=100, embedding_dim=8, combiner="sum",
+    ...     initializer=jax.nn.initializers.zeros, optimizer=embax.SGD())
+    >>> feature = embax.FeatureSpec(name="x", table_spec=table, input_shape=(16, 1), output_shape=(16, 8))
+    >>> prepare_feature_specs_for_training(feature, 1, 4)
+    >>> get_stacked_table_specs(feature)["a"].stack_vocab_size
+    128
+    """
+    num_sc = utils.checked(num_sc_per_device)
+    leaves = table_stacking.feature_leaves(feature_specs)
+    for name, table in get_table_specs(feature_specs).items():
+        if not table.is_stacked():
+            own = sorted((f for f in leaves if f.table_spec.name == name), key=lambda feature: feature.name)
+            table_stacking.stack_tables(own, [name], global_device_count, num_sc, stack_name=name)
+
+
+def auto_stack_tables(
+    feature_specs: Any,
+    global_device_count: int,
+    num_sc_per_device: int | None = None,
+    stack_to_max_ids_per_partition: LimitsCallable = get_default_limits,
+    stack_to_max_unique_ids_per_partition: LimitsCallable = get_default_limits,
+    use_short_stack_names: bool = True,
+) -> None:
+    """Stacks all tables that can be, in place; see ``table_stacking.auto_stack_tables``."""
+    table_stacking.auto_stack_tables(
+        feature_specs,
+        global_device_count,
+        utils.checked(num_sc_per_device),
+        stack_to_max_ids_per_partition=stack_to_max_ids_per_partition,
+        stack_to_max_unique_ids_per_partition=stack_to_max_unique_ids_per_partition,
+        use_short_stack_names=use_short_stack_names,
+    )
+
+
+def preprocess_sparse_dense_matmul_input(
+    features: Any,
+    features_weights: Any,
+    feature_specs: Any,
+    local_device_count: int,
+    global_device_count: int,
+    *,
+    num_sc_per_device: int | None = None,
+    sharding_strategy: str = "MOD",
+    has_leading_dimension: bool = False,
+    allow_id_dropping: bool = False,
+    batch_number: int = 0,
+    enable_minibatching: bool = False,
+    all_reduce_interface: Any = None,
+    limits: str = "ignore",
+) -> tuple[PreprocessedInput, SparseDenseMatmulInputStats]:
+    """Returns a process's part of a batch for ``tpu_sparse_dense_matmul``, and statistics as a TPU would count them.
+
+    Args:
+      features: in the structure of ``feature_specs``: integer arrays ``[batch, valency]``, or lists or object arrays of
+        integer arrays; whatever ``embax.preprocess`` takes.
+      features_weights: in that structure and form, or None.
+      feature_specs: prepared FeatureSpecs.
+      local_device_count: devices of this process.
+      global_device_count: of all.
+      num_sc_per_device: SparseCores of each; None for those of this machine.
+      sharding_strategy: "MOD".
+      has_leading_dimension: whether arrays lead with the device, for ``jax.pmap``.
+      allow_id_dropping: without effect: nothing is dropped.
+      batch_number: without effect.
+      enable_minibatching: whether ``num_minibatches`` says how a TPU would cut the batch.
+      all_reduce_interface: without effect.
+      limits: "ignore", "warn" or "error": what to do where a TPU would have to drop ids.
+
+    Raises:
+      ValueError: another structure; ids, weights or samples that do not fit; a limit, if that was asked for.
+    """
+    del allow_id_dropping, batch_number, all_reduce_interface
+    _check_strategy(sharding_strategy)
+    if limits not in LIMITS:
+        raise ValueError(f"limits={limits!r} must be one of {', '.join(LIMITS)}")
+    cores = Cores(local_device_count, global_device_count, utils.checked(num_sc_per_device))
+    leaves = _leaves(features, feature_specs, "features")
+    weights = None if features_weights is None else _leaves(features_weights, feature_specs, "features_weights")
+    options = {
+        "has_leading_dimension": has_leading_dimension,
+        "enable_minibatching": enable_minibatching,
+        "limits": limits,
+    }
+    return preprocessed(leaves, weights, feature_specs, cores, options)
+
+
+def preprocess_sparse_dense_matmul_input_from_sparse_tensor(
+    indices: Any,
+    values: Any,
+    dense_shapes: Any,
+    feature_specs: Any,
+    local_device_count: int,
+    global_device_count: int,
+    **options: Any,
+) -> tuple[PreprocessedInput, SparseDenseMatmulInputStats]:
+    """Returns what ``preprocess_sparse_dense_matmul_input`` does, of sparse tensors.
+
+    Args:
+      indices: int ``[n, 2]`` of each feature: sample, and any second number.
+      values: the ids, ``[n]``.
+      dense_shapes: of each feature, ``[samples, any]``.
+      feature_specs: prepared FeatureSpecs.
+      local_device_count: devices of this process.
+      global_device_count: of all.
+      options: as for ``preprocess_sparse_dense_matmul_input``.
+    """
+    given = [
+        _leaves(tree, feature_specs, name)
+        for name, tree in (("indices", indices), ("values", values), ("dense_shapes", dense_shapes))
+    ]
+    specs = table_stacking.feature_leaves(feature_specs)
+    ragged = [from_coordinates(feature, *parts) for feature, *parts in zip(specs, *given, strict=True)]
+    structure = jax.tree.structure(feature_specs, is_leaf=_is_feature)
+    features = jax.tree.unflatten(structure, ragged)
+    return preprocess_sparse_dense_matmul_input(
+        features, None, feature_specs, local_device_count, global_device_count, **options
+    )
+
+
+def tpu_sparse_dense_matmul(
+    preprocessed_inputs: Any,
+    embedding_variables: Mapping[str, Any],
+    feature_specs: Any,
+    *,
+    global_device_count: int,
+    sharding_strategy: str = "MOD",
+    num_sc_per_device: int | None = None,
+    enable_minibatching: bool = False,
+    perform_unstacking: bool = True,
+    use_activation_unstack_primitive: bool = False,
+) -> Any:
+    """Returns the activations of a device's samples, in the structure of the features.
+
+    Inside of ``jax.shard_map`` or ``jax.pmap`` over all devices; of one device outside of them, too.
+
+    Args:
+      preprocessed_inputs: from ``preprocess_sparse_dense_matmul_input``.
+      embedding_variables: rows and slots of every stack by its name.
+      feature_specs: prepared FeatureSpecs.
+      global_device_count: devices of all processes.
+      sharding_strategy: "MOD".
+      num_sc_per_device: SparseCores of each; None for those of this machine.
+      enable_minibatching: without effect.
+      perform_unstacking: False for the activations of the stacks, ``{stack: [samples, stack_embedding_dim]}``.
+      use_activation_unstack_primitive: without effect.
+
+    Raises:
+      ValueError: variables or inputs of other features, or a call that is not on all devices.
+    """
+    del enable_minibatching, use_activation_unstack_primitive
+    _check_strategy(sharding_strategy)
+    stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
+    check_stacks(stacks, arrays, embedding_variables)
+    activations = {
+        name: looked_up(stack, name, arrays, embedding_variables[name], global_device_count)
+        for name, stack in stacks.items()
+    }
+    if not perform_unstacking:
+        return activations
+    return unstack_embedding_activations(
+        activations, feature_specs, global_device_count, utils.checked(num_sc_per_device)
+    )
+
+
+def unstack_embedding_activations(
+    activations: Mapping[str, jax.Array], feature_specs: Any, global_device_count: int, num_sc_per_device: int
+) -> Any:
+    """Returns each feature's activations, of those of the stacks; see ``tpu_sparse_dense_matmul``."""
+    stacks = stacks_of(feature_specs)
+    leaves, structure = jax.tree.flatten(feature_specs, is_leaf=_is_feature)
+    found = unstacked(activations, stacks, global_device_count, num_sc_per_device, len(leaves))
+    return jax.tree.unflatten(structure, found)
+
+
+def stack_embedding_gradients(
+    activation_gradients: Any, feature_specs: Any, num_sc_per_device: int
+) -> dict[str, jax.Array]:
+    """Returns the gradients of the stacks' activations, of those of the features."""
+    leaves = _leaves(activation_gradients, feature_specs, "activation_gradients")
+    return stacked(leaves, stacks_of(feature_specs), num_sc_per_device)
+
+
+def tpu_sparse_dense_matmul_grad(
+    activation_gradients: Any,
+    preprocessed_inputs: Any,
+    embedding_variables: Mapping[str, Any],
+    feature_specs: Any,
+    *,
+    global_device_count: int | None = None,
+    sharding_strategy: str = "MOD",
+    label: str = "",
+    step: Any = None,
+    num_sc_per_device: int | None = None,
+    enable_minibatching: bool = False,
+    perform_stacking: bool = True,
+    use_gradient_stacking_primitive: bool = False,
+    embedding_var_limits: Any = None,
+) -> dict[str, EmbeddingVariables]:
+    """Returns the variables after one optimizer step on every row that the global batch touched.
+
+    Args:
+      activation_gradients: in the structure of the features; of the stacks without ``perform_stacking``.
+      preprocessed_inputs: those of the lookup.
+      embedding_variables: rows and slots of every stack by its name.
+      feature_specs: prepared FeatureSpecs.
+      global_device_count: devices of all processes; None for what the variables say.
+      sharding_strategy: "MOD".
+      label: without effect.
+      step: counted from 0, for schedules and bias corrections.
+      num_sc_per_device: SparseCores of each device; None for those of this machine.
+      enable_minibatching: without effect.
+      perform_stacking: whether gradients are those of the features.
+      use_gradient_stacking_primitive: without effect.
+      embedding_var_limits: ``(low, high)`` to which touched rows are clipped after the step, for all stacks or by name;
+        either may be None.
+
+    Raises:
+      ValueError: variables, inputs or gradients of other features, or a call that is not on all devices.
+    """
+    del label, enable_minibatching, use_gradient_stacking_primitive
+    _check_strategy(sharding_strategy)
+    stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
+    check_stacks(stacks, arrays, embedding_variables)
+    num_sc = utils.checked(num_sc_per_device)
+    gradients = activation_gradients
+    if perform_stacking:
+        gradients = stack_embedding_gradients(activation_gradients, feature_specs, num_sc)
+    elif set(gradients) != set(stacks):
+        raise ValueError(f"gradients are of stacks {sorted(gradients)}, and the features have {sorted(stacks)}")
+    new = {}
+    for name, stack in stacks.items():
+        variable = embedding_variables[name]
+        count = global_device_count
+        if count is None:
+            count = stack.spec.stack_vocab_size * stack.spec.stack_embedding_dim // variable[0].size
+        bounds = embedding_var_limits.get(name) if isinstance(embedding_var_limits, Mapping) else embedding_var_limits
+        new[name] = stepped(stack, arrays, variable, gradients[name], count, step, bounds)
+    return new
+
+
+def init_embedding_variables(
+    rng: jax.Array,
+    table_specs: Any,
+    global_sharding: Any,
+    num_sparsecore_per_device: int | None = None,
+    bypass_mesh_check: bool = False,
+) -> dict[str, EmbeddingVariables]:
+    """Returns fresh rows and slots of every stack by its name; the values do not depend on devices or stacks.
+
+    Args:
+      rng: from ``jax.random.key``.
+      table_specs: any pytree of stacked TableSpecs, as ``get_table_specs`` has them.
+      global_sharding: a NamedSharding of ``P(axis, None)``; ``P(axis, None, None)`` for arrays that lead with the
+        device, for ``jax.pmap``.
+      num_sparsecore_per_device: None for those of this machine.
+      bypass_mesh_check: whether the mesh may have its devices in another order than ``jax.devices()``.
+
+    Raises:
+      ValueError: another sharding, tables in no stack, or devices in another order.
+    """
+    spec, mesh = global_sharding.spec, global_sharding.mesh
+    if len(spec) not in (2, 3) or spec[0] is None or any(axis is not None for axis in spec[1:]):
+        raise ValueError(f"init_embedding_variables: {spec} must be P(axis, None), or P(axis, None, None) for pmap")
+    axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
+    count = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if count != mesh.size:
+        raise ValueError(f"init_embedding_variables: {spec} splits rows over {count} of the mesh's {mesh.size} devices")
+    if not bypass_mesh_check and list(mesh.devices.flat) != jax.devices()[: mesh.size]:
+        raise ValueError(
+            "init_embedding_variables: the mesh has its devices in another order than jax.devices(); make it of these, "
+            "or pass bypass_mesh_check=True"
+        )
+    tables = list(jax.tree.leaves(table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec)))
+    for table in tables:
+        if not table.is_stacked():
+            raise ValueError(f'table "{table.name}" is in no stack yet; call prepare_feature_specs_for_training first')
+    num_sc = count * utils.checked(num_sparsecore_per_device)
+    sharding = jax.sharding.NamedSharding(mesh, P(axes, None))
+    made = {
+        name: initial_variables(rng, members, sharding, num_sc)
+        for name, members in table_stacking.get_table_stacks(tables).items()
+    }
+    if len(spec) == 2:
+        return made
+    lead = functools.partial(jax.jit, out_shardings=global_sharding)(
+        lambda tree: jax.tree.map(lambda part: part.reshape(count, -1, part.shape[-1]), tree)
+    )
+    return lead(made)
+
+
+def update_preprocessing_parameters(
+    feature_specs: Any, stats: SparseDenseMatmulInputStats, num_sc_per_device: int | None = None
+) -> None:
+    """Writes the limits that statistics call for into the stacks of features, in place."""
+    num_sc = utils.checked(num_sc_per_device)
+    for name, stack in stacks_of(feature_specs).items():
+        if name not in stats.max_ids_per_partition:
+            continue
+        spec = dataclasses.replace(
+            stack.spec,
+            max_ids_per_partition=max(1, int(np.max(stats.max_ids_per_partition[name]))),
+            max_unique_ids_per_partition=max(1, int(np.max(stats.max_unique_ids_per_partition[name]))),
+            suggested_coo_buffer_size_per_device=_buffer(stats, name, num_sc),
+        )
+        for _, feature in stack.features:
+            feature.table_spec._stacked_table_spec = spec
+
+
+def _buffer(stats: SparseDenseMatmulInputStats, name: str, num_sc: int) -> int | None:
+    sizes = stats.required_buffer_size_per_sc.get(name)
+    return None if sizes is None or not np.size(sizes) else int(np.max(sizes)) * num_sc
+
+
+def _check_strategy(strategy: str) -> None:
+    if str(strategy).upper() != "MOD":
+        raise ValueError(f"sharding_strategy={strategy!r} is not supported; it must be MOD")
+
+
+def _is_feature(leaf: Any) -> bool:
+    return isinstance(leaf, FeatureSpec)
+
+
+def _leaves(tree: Any, feature_specs: Any, what: str) -> list[Any]:
+    """Returns what ``tree`` has for each feature; ValueError for another structure."""
+    structure = jax.tree.structure(feature_specs, is_leaf=_is_feature)
+    try:
+        return structure.flatten_up_to(tree)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{what} must have the structure of feature_specs, {structure}; {error}") from None

@@ -1,0 +1,324 @@
+"""Stacking in the SparseCore layout: which tables share an array, and where each row of them stands in it.
+
+A stack is split over S SparseCores. Id i of a table lives on SparseCore ``(i % S + rotation) % S``, as row ``i // S``
+of the table's rows there, which begin at ``row_offset_in_shard``. Two tables of 5 and 3 ids on 2 SparseCores, their
+rows padded to 3 and 2 on each (in truth to multiples of 8), the second one rotated by 1::
+
+    SparseCore 0   a0 a2 a4   b1 .
+    SparseCore 1   a1 a3 .    b0 b2
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from embax.specs import FeatureIdTransformation, FeatureSpec, StackedTableSpec, TableSettingInStack, TableSpec
+from embax.stacking import stack_name as short_name
+
+LimitsCallable = Callable[[str, int], int]
+ACTIVATION_BYTES = 2048 * 1024
+MULTIPLE = 8  # rows of a SparseCore, and columns, are padded to multiples of it
+
+log = logging.getLogger(__name__)
+
+
+def get_default_limits(name: str, batch_size: int) -> int:
+    """Returns the limit of ids that a stack has where nobody says otherwise."""
+    del name, batch_size
+    return 256
+
+
+def round_up_dim_and_vocab_size(tables: Mapping[str, TableSpec], num_sc: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns embedding_dim and vocabulary_size of each table as they are stored.
+
+    >>> import jax, embax
+    >>> table = embax.TableSpec(name="a", vocabulary_size=100, embedding_dim=5, combiner="sum",
+    ...     initializer=jax.nn.initializers.zeros, optimizer=embax.SGD())
+    >>> round_up_dim_and_vocab_size({"a": table}, 4)
+    ({'a': 8}, {'a': 128})
+    """
+    dims = {name: _up(table.embedding_dim, MULTIPLE) for name, table in tables.items()}
+    return dims, {name: _up(table.vocabulary_size, MULTIPLE * num_sc) for name, table in tables.items()}
+
+
+def auto_stack_tables(
+    features: Any,
+    global_device_count: int,
+    num_sc_per_device: int,
+    rotation: int | None = None,
+    stack_to_max_ids_per_partition: LimitsCallable = get_default_limits,
+    stack_to_max_unique_ids_per_partition: LimitsCallable = get_default_limits,
+    *,
+    use_short_stack_names: bool = True,
+    activation_mem_bytes_limit: int = ACTIVATION_BYTES,
+) -> None:
+    """Stacks all tables of one padded dim, optimizer, combiner and quantization, in place.
+
+    In order of first appearance; a table goes to the first stack in which the activations of a SparseCore stay within
+    the limit.
+
+    Args:
+      features: any pytree of FeatureSpecs.
+      global_device_count: devices of all processes.
+      num_sc_per_device: SparseCores of each.
+      rotation: by which the next table of a stack is rotated; None for num_sc_per_device.
+      stack_to_max_ids_per_partition: ``(stack name, samples) -> limit``, for stacks of several tables.
+      stack_to_max_unique_ids_per_partition: likewise.
+      use_short_stack_names: whether names of more than 50 characters are cut, and end in a hash.
+      activation_mem_bytes_limit: of the activations of a stack on a SparseCore.
+    """
+    leaves, num_sc = feature_leaves(features), global_device_count * num_sc_per_device
+    tables = {feature.table_spec.name: feature.table_spec for feature in leaves}
+    dims, _ = round_up_dim_and_vocab_size(tables, num_sc)
+    room = {
+        name: dims[name] * 4 * sum(_samples(f) // num_sc for f in leaves if f.table_spec.name == name)
+        for name in tables
+    }
+    groups: list[list[str]] = []
+    for name, table in tables.items():
+        for group in groups:
+            full = sum(room[member] for member in [*group, name]) > activation_mem_bytes_limit
+            if _kind(tables[group[0]]) == _kind(table) and not full:
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    limits = stack_to_max_ids_per_partition, stack_to_max_unique_ids_per_partition
+    for group in groups:
+        name = short_name(group) if use_short_stack_names else "_".join(group)
+        stack_tables(features, group, global_device_count, num_sc_per_device, rotation, *limits, stack_name=name)
+
+
+def stack_tables(
+    features: Any,
+    table_names: Sequence[str],
+    global_device_count: int,
+    num_sc_per_device: int,
+    rotation: int | None = None,
+    stack_to_max_ids_per_partition: LimitsCallable = get_default_limits,
+    stack_to_max_unique_ids_per_partition: LimitsCallable = get_default_limits,
+    stack_name: str | None = None,
+    fail_on_excess_padding: bool = False,
+) -> None:
+    """Puts tables into one stack, in place.
+
+    Args:
+      features: any pytree of FeatureSpecs.
+      table_names: of the tables, in the order in which they shall stand.
+      global_device_count: devices of all processes.
+      num_sc_per_device: SparseCores of each.
+      rotation: by which the next table is rotated; None for num_sc_per_device.
+      stack_to_max_ids_per_partition: ``(stack name, samples) -> limit``, for a stack of several tables.
+      stack_to_max_unique_ids_per_partition: likewise.
+      stack_name: None for the tables' names joined by "_", shortened beyond 50 characters.
+      fail_on_excess_padding: whether tables of different padded dims are refused, and not only warned of.
+
+    Raises:
+      ValueError: a table that no feature has, that is stacked already or named twice; tables that differ in optimizer,
+        combiner or quantization; a name that is in use; padding beyond need, if that was asked for.
+    """
+    name = stack_name or short_name(table_names)
+    leaves = feature_leaves(features)
+    tables = _checked(name, table_names, leaves)
+    num_sc = global_device_count * num_sc_per_device
+    dims, rows = round_up_dim_and_vocab_size(tables, num_sc)
+    dim = max(dims.values())
+    if len(set(dims.values())) > 1:
+        excess = sum((dim - dims[table]) * rows[table] for table in table_names)
+        text = (
+            f'stack "{name}": tables {list(table_names)} have padded dims {list(dims.values())}; {excess} numbers of '
+            "padding could be saved by stacking tables of one padded dim"
+        )
+        if fail_on_excess_padding:
+            raise ValueError(text)
+        log.warning("%s", text)
+    own = [feature for feature in leaves if feature.table_spec.name in tables]
+    settings = _settings(name, table_names, dim, rows, num_sc, num_sc_per_device if rotation is None else rotation)
+    samples = sum(map(_samples, own))
+    first = tables[table_names[0]]
+    if len(table_names) == 1:
+        most, unique = first.max_ids_per_partition, first.max_unique_ids_per_partition
+    else:
+        most, unique = (
+            limit(name, samples) for limit in (stack_to_max_ids_per_partition, stack_to_max_unique_ids_per_partition)
+        )
+    stacked = StackedTableSpec(
+        stack_name=name,
+        stack_vocab_size=sum(rows.values()),
+        stack_embedding_dim=dim,
+        optimizer=first.optimizer,
+        combiner=first.combiner,
+        total_sample_count=samples,
+        max_ids_per_partition=most,
+        max_unique_ids_per_partition=unique,
+        suggested_coo_buffer_size_per_device=first.suggested_coo_buffer_size_per_device if len(tables) == 1 else None,
+        quantization_config=first.quantization_config,
+    )
+    write_stack(own, stacked, settings, num_sc)
+
+
+def write_stack(
+    features: Sequence[FeatureSpec], stacked: StackedTableSpec, settings: Mapping[str, TableSettingInStack], num_sc: int
+) -> None:
+    """Writes a stack into its features and their tables."""
+    at = 0
+    for feature in features:
+        setting = settings[feature.table_spec.name]
+        feature.table_spec._stacked_table_spec, feature.table_spec._setting_in_stack = stacked, setting
+        feature._id_transformation = FeatureIdTransformation(
+            row_offset=at, col_offset=setting.row_offset_in_shard * num_sc, col_shift=setting.shard_rotation
+        )
+        at += _samples(feature)
+
+
+def compute_table_to_setting_in_stack(
+    stack_name: str,
+    tables: Mapping[str, TableSpec],
+    global_device_count: int,
+    num_sc_per_device: int,
+    rotation: int | None = None,
+) -> dict[str, TableSettingInStack]:
+    """Returns where each table lies in a stack of ``tables``, in their order."""
+    num_sc = global_device_count * num_sc_per_device
+    dims, rows = round_up_dim_and_vocab_size(tables, num_sc)
+    turn = num_sc_per_device if rotation is None else rotation
+    return _settings(stack_name, list(tables), max(dims.values()), rows, num_sc, turn)
+
+
+def get_table_stacks(table_specs: Any) -> dict[str, list[TableSpec]]:
+    """Returns the tables of each stack, by its name; a table that is not stacked is one of its own."""
+    stacks: dict[str, list[TableSpec]] = {}
+    for table in jax.tree.leaves(table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec)):
+        name = table.stacked_table_spec.stack_name if table.is_stacked() else table.name
+        stacks.setdefault(name, []).append(table)
+    return stacks
+
+
+def compute_physical_row_ids(
+    num_sparse_cores: int, stack_vocab_size: int, shard_rotation: int, row_offset_in_shard: int, row_ids: Any
+) -> Any:
+    """Returns the rows of a stack's array that hold ids of one of its tables: numbers, or arrays of them.
+
+    >>> [compute_physical_row_ids(2, 10, 1, 3, i) for i in range(3)]
+    [8, 3, 9]
+    """
+    shard = (row_ids % num_sparse_cores + shard_rotation) % num_sparse_cores
+    return shard * (stack_vocab_size // num_sparse_cores) + row_ids // num_sparse_cores + row_offset_in_shard
+
+
+def stack_and_shard_tables(table_specs: Any, tables: Any, num_shards: int, pad_value: float = 0.0) -> dict[str, Any]:
+    """Returns the arrays of all stacks, made of the tables': the inverse of ``unshard_and_unstack_tables``.
+
+    Args:
+      table_specs: any pytree of stacked TableSpecs.
+      tables: of the same structure; a table is an array ``[vocabulary_size, embedding_dim]``, or a pytree of such
+        arrays: rows and slots.
+      num_shards: SparseCores of all devices.
+      pad_value: of rows and columns that no id has.
+    """
+    specs, structure = jax.tree.flatten(table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec))
+    given = dict(zip([spec.name for spec in specs], structure.flatten_up_to(tables), strict=True))
+    stacks = {}
+    for name, members in get_table_stacks(specs).items():
+        stacked = members[0].stacked_table_spec
+        shape = (stacked.stack_vocab_size, stacked.stack_embedding_dim)
+
+        def place(*parts: Any, members: Any = members, shape: Any = shape) -> jax.Array:
+            whole = jnp.full(shape, pad_value, jnp.asarray(parts[0]).dtype)
+            for spec, part in zip(members, parts, strict=True):
+                whole = whole.at[physical_rows(spec, num_shards), : spec.embedding_dim].set(jnp.asarray(part))
+            return whole
+
+        stacks[name] = jax.tree.map(place, *[given[spec.name] for spec in members])
+    return stacks
+
+
+def unshard_and_unstack_tables(table_specs: Any, stacked_tables: Mapping[str, Any], num_shards: int) -> Any:
+    """Returns every table as ``[vocabulary_size, embedding_dim]``, in the structure of ``table_specs``.
+
+    Args:
+      table_specs: any pytree of stacked TableSpecs.
+      stacked_tables: arrays by the name of the stack, or pytrees of them: rows and slots.
+      num_shards: SparseCores of all devices.
+    """
+
+    def take(spec: TableSpec) -> Any:
+        rows = physical_rows(spec, num_shards)
+        stack = stacked_tables[spec.stacked_table_spec.stack_name]
+        return jax.tree.map(lambda part: part.reshape(-1, part.shape[-1])[rows, : spec.embedding_dim], stack)
+
+    return jax.tree.map(take, table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec))
+
+
+def physical_rows(table: TableSpec, num_shards: int) -> np.ndarray:
+    """Returns where each row of a stacked table stands in the array of its stack."""
+    setting, rows = table.setting_in_stack, np.arange(table.vocabulary_size)
+    size = table.stacked_table_spec.stack_vocab_size
+    return compute_physical_row_ids(num_shards, size, setting.shard_rotation, setting.row_offset_in_shard, rows)
+
+
+def feature_leaves(features: Any) -> list[FeatureSpec]:
+    """Returns the FeatureSpecs of a pytree."""
+    return jax.tree.leaves(features, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _samples(feature: FeatureSpec) -> int:
+    if feature.output_shape[0] is None:
+        raise ValueError(
+            f'feature "{feature.name}": output_shape {feature.output_shape} must name the size of the global batch: '
+            "SparseCore limits are counted from it"
+        )
+    return int(np.prod(feature.output_shape[:-1]))  # type: ignore[arg-type]
+
+
+def _kind(table: TableSpec) -> tuple:
+    return _up(table.embedding_dim, MULTIPLE), table.optimizer, table.combiner, table.quantization_config, table.dtype
+
+
+def _checked(name: str, names: Sequence[str], features: Sequence[FeatureSpec]) -> dict[str, TableSpec]:
+    """Returns the tables of a new stack; ValueError for what cannot be stacked."""
+    known = {feature.table_spec.name: feature.table_spec for feature in features}
+    what = f'stack "{name}"'
+    for table, count in Counter(names).items():
+        if table not in known:
+            raise ValueError(f'{what}: there is no table "{table}"; the features have {", ".join(sorted(known))}')
+        if count > 1:
+            raise ValueError(f'{what}: table "{table}" is repeated; name each table once')
+        if known[table].is_stacked():
+            stack = known[table].stacked_table_spec.stack_name
+            raise ValueError(f'{what}: table "{table}" is already stacked in "{stack}"; stack a table once')
+    for table in known.values():
+        if table.is_stacked() and table.stacked_table_spec.stack_name == name:
+            raise ValueError(f'{what}: the name is already used by the stack of table "{table.name}"; give another')
+    for field in ("optimizer", "combiner", "quantization_config", "dtype"):
+        values = [getattr(known[table], field) for table in names]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{what}: tables {list(names)} have different values of {field}: {values}; they must agree"
+            )
+    return {table: known[table] for table in names}
+
+
+def _settings(
+    stack: str, names: Sequence[str], dim: int, rows: Mapping[str, int], num_sc: int, rotation: int
+) -> dict[str, TableSettingInStack]:
+    settings, first = {}, 0
+    for number, name in enumerate(names):
+        settings[name] = TableSettingInStack(
+            stack_name=stack,
+            padded_vocab_size=rows[name],
+            padded_embedding_dim=dim,
+            row_offset_in_shard=first,
+            shard_rotation=number * rotation % num_sc,
+        )
+        first += rows[name] // num_sc
+    return settings

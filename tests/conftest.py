@@ -57,6 +57,11 @@ NIGHTLY = (
             for dim in ("1-", "2-", "3-", "16-", "100-", "64-float16")
         ),
     ),
+    ("test_touched.py", ("reference-row-_step_by", "cpu-route", "cpu-table", "bfloat16")),
+    ("test_checkpoint.py", ("test_other_devices[row-four", "test_other_devices[row-square", "[column-eight-two]")),
+    ("test_checkpoint_models.py", ("[where2]",)),
+    ("test_transforms.py", ("-prefetched]",)),
+    ("test_mesh_layers.py", ("test_linen[_line", "test_nnx[value_and_grad-_line-row]")),
     ("test_processes.py", ("test_no_process_outlives_another[1]",)),
     ("test_route.py", ("test_as_one_device[reference-four",)),
     (

@@ -94,6 +94,7 @@ ONCE = (
     ("test_checkpoint_death.py", ("test_",)),
     ("test_incremental.py", ("test_",)),
     ("test_sparsecore.py", ("test_a_step", "test_initial")),
+    ("test_sparsecore_layers.py", ("[1]", "test_a_mesh")),
     ("test_touched.py", ("test_mesh", "test_nnx", "[reference-", "bfloat16")),
     ("test_pieces.py", ("test_",)),
     ("test_mesh_quantized.py", ("test_",)),

@@ -126,6 +126,24 @@ def test_a_model_of_shapes_becomes_one_of_arrays(tmp_path, where):
             nnx_checkpoints.restore(checkpoints, words, key=jax.random.key(1))
 
 
+def test_gradients_that_were_being_accumulated_come_back(tmp_path):
+    def built():
+        model = Model()
+        return model, embax.nnx.Optimizer(model, optax.sgd(0.1), every_k=3)
+
+    model, optimizer = built()
+    _train_nnx(model, optimizer, 4)  # one update, and a third of the next
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        nnx_checkpoints.save(checkpoints, 4, model, optimizer)
+        other, its_optimizer = built()  # which has seen no gradient, and so has no room for them yet
+        nnx_checkpoints.restore(checkpoints, other, its_optimizer)
+    _train_nnx(model, optimizer, 2)
+    _train_nnx(other, its_optimizer, 2)
+    of = nnx.Param, embax.nnx.Table
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(other, of), nnx.state(model, of))
+    assert int(its_optimizer.updates.get_value()) == 2
+
+
 def _states(model, optimizer):
     return {
         name: embax.TableState(table.get_value(), optimizer.slots[f"encoder/tables/{name}"].get_value())

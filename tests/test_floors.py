@@ -84,7 +84,7 @@ def test_imports_go_down():
     assert seen > 40
 
 
-BROUGHT = {"nnx": {"flax"}, "linen": {"flax"}, "checkpoint": {"orbax", "tensorstore", "flax"}}
+BROUGHT = {"nnx": {"flax"}, "linen": {"flax"}, "sparsecore": {"flax"}, "checkpoint": {"orbax", "tensorstore", "flax"}}
 
 
 def test_core_needs_only_jax_and_numpy():

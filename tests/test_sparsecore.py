@@ -17,14 +17,14 @@ from jax.sharding import PartitionSpec as P
 import embax
 from embax.sparsecore.lib.nn import embedding, embedding_spec, table_stacking
 
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "24"))
 # Those whose slot variables have the oracle's names, and are of the SparseCore API.
 OPTIMIZERS = {
     name: (case.make(), case)
     for name, case in BATTERY.items()
     if name not in ("custom", "optax", "adagrad_callable", "rowwise_adagrad", "sgd_modified", "adam_modified")
 }
-STEPS = 2
+STEPS = 12  # of every example: a program, and so many random batches
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
@@ -87,7 +87,9 @@ def _features(case):
 def _ids(case, batch, rng):
     ids, weights = {}, {}
     for name, table in case["features"].items():
-        lengths = rng.integers(0, 5, batch) if case["ragged"][name] else np.full(batch, 3)
+        # Four ids for the two samples of a SparseCore: batches of one shape share a program.
+        first = rng.integers(0, 5, batch // 2)
+        lengths = np.stack([first, 4 - first], 1).reshape(-1) if case["ragged"][name] else np.full(batch, 3)
         own = [rng.integers(0, case["rows"][table], n) for n in lengths]
         beside = [rng.uniform(0.5, 2, n).astype(np.float32) for n in lengths]
         ids[name], weights[name] = own, beside
@@ -308,7 +310,7 @@ def test_one_device_without_a_mesh_and_stacked_activations():
     own = embedding.unstack_embedding_activations(whole, feature, 1, 2)
     rows = embax.init(embax.plan(_feature(dim=5)), jax.random.key(0))["t"].table
     np.testing.assert_allclose(own, [rows[3], 2 * rows[5]], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"global_device_count=4, and the call is outside of a shard_map: 1 devices"):
+    with pytest.raises(ValueError, match=r"global_device_count=4, and the call is outside of a shard_map: 1 device"):
         embedding.tpu_sparse_dense_matmul(inputs, variables, feature, global_device_count=4, num_sc_per_device=2)
     kept = embedding.tpu_sparse_dense_matmul_grad(
         jnp.ones((2, 5)), inputs, variables, feature, num_sc_per_device=2, step=0, embedding_var_limits=(-0.1, None)

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from embax.checkpoint.compaction import compact_step
 from embax.checkpoint.described import described
-from embax.checkpoint.document import ADDED, read_document
+from embax.checkpoint.document import ADDED, read_body, read_document
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.handlers import DENSE, DOCUMENT, TABLES, DocumentArgs, TablesArgs, registry
 from embax.checkpoint.held import Held, check_names, held_by, states_of
@@ -212,6 +212,12 @@ class Checkpoints:
             done = bool(multihost_utils.broadcast_one_to_all(np.int32(done)))
         if not done:
             raise failure or CheckpointError(f"{folder}: the first process could not compact it, and says why")
+
+    def dense_forms(self, step: int | None = None) -> dict[str, dict]:
+        """Returns shape and dtype of the arrays of a step's dense part, by name; errors as ``restore``."""
+        self.wait()
+        folder = self.directory / str(self._step(step))
+        return read_body(folder / DOCUMENT, folder)["dense"] or {}
 
     def delete(self, step: int) -> None:
         """Deletes a step; CheckpointError if there is none of that number."""

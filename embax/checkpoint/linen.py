@@ -6,7 +6,7 @@ from typing import Any
 from embax.checkpoint.checkpoints import Checkpoints, Restored
 from embax.checkpoint.held import Held
 from embax.checkpoint.loading import Choice
-from embax.checkpoint.trees import flat, own_table
+from embax.checkpoint.trees import flat, own_table, pending_of
 from embax.gradients.joint_optimizer import merge, split
 from embax.gradients.table import Table
 from embax.planning import Plan
@@ -65,6 +65,9 @@ def restore(
       CheckpointError: no such step, a damaged one, or one that does not fit.
     """
     wanted, dense = _parts(state, plans)
+    if state.pending is None:
+        tables, params = split(state.params)
+        dense["pending"] = pending_of(checkpoints.dense_forms(step), "pending/", tables, params)
     if choice.get("track"):
         raise TypeError("restore: track=True is for plans; pass state.track_rows()")
     if choice.get("serving"):

@@ -8,9 +8,10 @@ from flax import nnx
 from embax.checkpoint.checkpoints import Checkpoints, Restored
 from embax.checkpoint.held import Held, held_by
 from embax.checkpoint.loading import Choice
-from embax.checkpoint.trees import flat, own_table
+from embax.checkpoint.trees import flat, own_table, pending_of
 from embax.nnx.feature_embed import FeatureEmbed
 from embax.nnx.gradients import table_name
+from embax.nnx.optimizer import tables_of
 from embax.nnx.variables import Marks, Sentinel, Slots, Table, sentinel, table_leaf
 from embax.table_state import TableState
 
@@ -75,6 +76,11 @@ def restore(
     tables = list(_tables(model))
     wanted = [(held, _state(variable, name, optimizer)) for held, variable, name in tables]
     dense = _dense(model, optimizer)
+    if optimizer is not None and optimizer.pending.get_value() is None:
+        leaves = [table_leaf(variable, name) for name, variable in tables_of(model).items()]
+        parameters = nnx.as_pure(nnx.state(model, optimizer.wrt))
+        pending = pending_of(checkpoints.dense_forms(step), "optimizer/pending/value/", leaves, parameters)
+        dense["optimizer"]["pending"] = dense["optimizer"]["pending"].replace(pending)
     found = checkpoints.restore_held(step, wanted, dense, Choice(**choice))
     for (_, variable, name), state in zip(tables, found.tables, strict=True):
         variable.set_value(state.table.reshape(variable.get_value().shape))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 
 from embax.checkpoint.errors import CheckpointError
 from embax.checkpoint.held import Held
+from embax.gradients.accumulation import Pending
 from embax.gradients.table import Table
 from embax.planning import StackPlan, TablePlan
+from embax.row_gradients import RowGradients
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -75,6 +78,31 @@ def placed_as(array: Any, wanted: Any) -> Any:
         data = jnp.asarray(np.asarray(jax.random.key_data(array)))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     return jnp.asarray(np.asarray(array))
+
+
+def pending_of(forms: Mapping[str, dict], prefix: str, tables: Sequence[Any], dense: Any) -> Pending | None:
+    """Returns the shapes of gradients that were being accumulated; None where none were, or those of another model.
+
+    Args:
+      forms: of the dense part of a checkpoint.
+      prefix: of their names.
+      tables: of the model, in the order of its optimizer.
+      dense: its parameters.
+    """
+    own = {name.removeprefix(prefix): form for name, form in forms.items() if name.startswith(prefix)}
+
+    def array(name: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(own[name]["shape"]), own[name]["dtype"])
+
+    try:
+        rows = [
+            RowGradients(array(f"rows/{i}/rows"), array(f"rows/{i}/values"), math.prod(table.shape[:-1]))
+            for i, table in enumerate(tables)
+        ]
+        mean = with_leaves(dense, {name: array(f"dense/{name}") for name in named_leaves(dense)})
+        return Pending(array("count"), mean, rows)
+    except KeyError:
+        return None
 
 
 def flat(table: Any) -> Any:

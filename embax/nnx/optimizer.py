@@ -37,7 +37,7 @@ class Optimizer(nnx.Optimizer):
         joint = JointOptimizer(tx, max_norm, every_k)
         super().__init__(model, joint.tx, wrt=wrt)
         self.joint = joint
-        tables = _tables(model)
+        tables = tables_of(model)
         check_steady(self.opt_state)
         slots = fresh_slots([table_leaf(v, name) for name, v in tables.items()])
         self.updates = Pending(jnp.zeros((), jnp.int32))
@@ -51,7 +51,7 @@ class Optimizer(nnx.Optimizer):
         Args:
           model: as given at construction.
         """
-        tables = _tables(model)
+        tables = tables_of(model)
         marks = untouched_tables([table_leaf(v, name) for name, v in tables.items()])
         self.touched = nnx.Dict({name: Marks(touched) for name, touched in zip(tables, marks, strict=True)})
 
@@ -67,7 +67,7 @@ class Optimizer(nnx.Optimizer):
           KeyError: a table without a gradient, or a gradient without a table.
           TypeError: gradients of prefetched rows.
         """
-        tables = _tables(model)
+        tables = tables_of(model)
         rows, dense_gradients = _split(grads, tables, self.wrt)
         slots = tuple(self.slots[name].get_value() for name in tables)
         marks = tuple(self.touched[name].get_value() for name in tables) if self.touched else None
@@ -87,7 +87,8 @@ class Optimizer(nnx.Optimizer):
         self.step[...] += 1
 
 
-def _tables(model: Any) -> dict[str, Table]:
+def tables_of(model: Any) -> dict[str, Table]:
+    """Returns the tables of a model by their names, in the order in which an optimizer has them."""
     return {table_name(path, v): v for path, v in nnx.to_flat_state(nnx.state(model, Table))}
 
 

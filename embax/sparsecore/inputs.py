@@ -23,7 +23,7 @@ from embax.id_forms import RaggedIds
 from embax.preprocess import preprocess
 from embax.sparsecore.lib.nn.table_stacking import feature_leaves
 from embax.sparsecore.statistics import SparseDenseMatmulInputStats, Statistics
-from embax.sparsecore.translation import MOST_ROWS, Stack, input_plan, stacks_of
+from embax.sparsecore.translation import MOST_ROWS, Stack, check_cores, input_plan, stacks_of
 from embax.specs import FeatureSpec
 
 LIMITS = ("ignore", "warn", "error")
@@ -109,6 +109,7 @@ def preprocessed(
     """
     features = feature_leaves(feature_specs)
     stacks, plan = stacks_of(feature_specs), input_plan(features)
+    check_cores(stacks, cores.all)
     parts = _parts(features, leaves, cores)
     read = []
     for part in parts:

@@ -6,7 +6,9 @@ holding a range of them: the core's placement "table". Everything else is the co
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +61,24 @@ def stacks_of(feature_specs: Any) -> dict[str, Stack]:
         )
         for name, members in found.items()
     }
+
+
+def check_cores(stacks: Mapping[str, Stack], num_sc: int) -> None:
+    """Raises ValueError unless stacks were made for so many SparseCores; else rows lie where nobody looks."""
+    for stack in stacks.values():
+        settings = {f.table_spec.name: f.table_spec.setting_in_stack for _, f in stack.features}
+        rows = stack.spec.stack_vocab_size
+        ordered = sorted(settings.values(), key=lambda setting: setting.row_offset_in_shard)
+        first = 0
+        fits = rows % num_sc == 0
+        for setting in ordered:
+            fits &= setting.row_offset_in_shard == first and setting.padded_vocab_size % num_sc == 0
+            first += setting.padded_vocab_size // num_sc
+        if not fits:
+            raise ValueError(
+                f'stack "{stack.spec.stack_name}" was not made for {num_sc} SparseCores; pass the global_device_count '
+                "and num_sc_per_device with which its tables were stacked"
+            )
 
 
 def check_names(features: Sequence[FeatureSpec]) -> None:
@@ -131,15 +151,24 @@ def devices_here(global_device_count: int) -> Devices | None:
       ValueError: there are not ``global_device_count`` of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in mesh.axis_names if axis in mesh.manual_axes)
-    count = int(np.prod([mesh.shape[axis] for axis in axes])) if axes else 1
-    if count != global_device_count:
-        where = f"inside of a shard_map over {dict(mesh.shape)}" if axes else "outside of a shard_map"
+    manual = tuple(axis for axis in mesh.axis_names if axis in mesh.manual_axes)
+    # The batch may be split along some of the axes only; the number of devices says which.
+    choices = [axes for size in range(len(manual), 0, -1) for axes in itertools.combinations(manual, size)]
+    fitting = [axes for axes in choices if math.prod(mesh.shape[axis] for axis in axes) == global_device_count]
+    if not fitting and (manual or global_device_count != 1):
+        where = f"inside of a shard_map over {dict(mesh.shape)}" if manual else "outside of a shard_map: 1 device"
         raise ValueError(
-            f"global_device_count={global_device_count}, and the call is {where}: {count} devices; call it inside of "
-            "jax.shard_map (or jax.pmap) over all devices, and pass mesh.size"
+            f"global_device_count={global_device_count}, and the call is {where}; call it inside of jax.shard_map (or "
+            "jax.pmap) over all devices, and pass mesh.size"
         )
-    if not axes:
+    if not fitting:
         return None
+    # Axes of length 1 more or less are the same devices; others would be a guess.
+    if len({tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in fitting}) > 1:
+        raise ValueError(
+            f"global_device_count={global_device_count} fits several axes of {dict(mesh.shape)}: {fitting}; call it "
+            "inside of a shard_map over those axes only (axis_names=)"
+        )
+    axes = fitting[0]
     # Over Manual axes nothing can be planned; what they are called and how long they are is all that is asked for.
     return Devices(AbstractMesh(tuple(mesh.shape[axis] for axis in axes), axes), exchange="gather")

@@ -22,10 +22,11 @@ from embax.sparsecore.lib.nn.table_stacking import stack_tables as stack_tables
 from embax.sparsecore.matmul import EmbeddingVariables as EmbeddingVariables
 from embax.sparsecore.matmul import arrays_of, check_stacks, looked_up, stacked, stepped, unstacked
 from embax.sparsecore.statistics import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
-from embax.sparsecore.translation import check_names, stacks_of
+from embax.sparsecore.structure import is_feature, leaves_beside
+from embax.sparsecore.translation import check_cores, check_names, stacks_of
 from embax.sparsecore.utils import utils
 from embax.sparsecore.variables import initial_variables
-from embax.specs import FeatureSpec, StackedTableSpec, TableSpec
+from embax.specs import StackedTableSpec, TableSpec
 
 
 class EmbeddingVariablesInitializer(NamedTuple):
@@ -140,8 +141,8 @@ def preprocess_sparse_dense_matmul_input(
     if limits not in LIMITS:
         raise ValueError(f"limits={limits!r} must be one of {', '.join(LIMITS)}")
     cores = Cores(local_device_count, global_device_count, utils.checked(num_sc_per_device))
-    leaves = _leaves(features, feature_specs, "features")
-    weights = None if features_weights is None else _leaves(features_weights, feature_specs, "features_weights")
+    leaves = leaves_beside(features, feature_specs, "features")
+    weights = None if features_weights is None else leaves_beside(features_weights, feature_specs, "features_weights")
     options = {
         "has_leading_dimension": has_leading_dimension,
         "enable_minibatching": enable_minibatching,
@@ -171,12 +172,12 @@ def preprocess_sparse_dense_matmul_input_from_sparse_tensor(
       options: as for ``preprocess_sparse_dense_matmul_input``.
     """
     given = [
-        _leaves(tree, feature_specs, name)
+        leaves_beside(tree, feature_specs, name)
         for name, tree in (("indices", indices), ("values", values), ("dense_shapes", dense_shapes))
     ]
     specs = table_stacking.feature_leaves(feature_specs)
     ragged = [from_coordinates(feature, *parts) for feature, *parts in zip(specs, *given, strict=True)]
-    structure = jax.tree.structure(feature_specs, is_leaf=_is_feature)
+    structure = jax.tree.structure(feature_specs, is_leaf=is_feature)
     features = jax.tree.unflatten(structure, ragged)
     return preprocess_sparse_dense_matmul_input(
         features, None, feature_specs, local_device_count, global_device_count, **options
@@ -217,6 +218,7 @@ def tpu_sparse_dense_matmul(
     _check_strategy(sharding_strategy)
     stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
     check_stacks(stacks, arrays, embedding_variables)
+    check_cores(stacks, global_device_count * utils.checked(num_sc_per_device))
     activations = {
         name: looked_up(stack, name, arrays, embedding_variables[name], global_device_count)
         for name, stack in stacks.items()
@@ -233,7 +235,7 @@ def unstack_embedding_activations(
 ) -> Any:
     """Returns each feature's activations, of those of the stacks; see ``tpu_sparse_dense_matmul``."""
     stacks = stacks_of(feature_specs)
-    leaves, structure = jax.tree.flatten(feature_specs, is_leaf=_is_feature)
+    leaves, structure = jax.tree.flatten(feature_specs, is_leaf=is_feature)
     found = unstacked(activations, stacks, global_device_count, num_sc_per_device, len(leaves))
     return jax.tree.unflatten(structure, found)
 
@@ -242,7 +244,7 @@ def stack_embedding_gradients(
     activation_gradients: Any, feature_specs: Any, num_sc_per_device: int
 ) -> dict[str, jax.Array]:
     """Returns the gradients of the stacks' activations, of those of the features."""
-    leaves = _leaves(activation_gradients, feature_specs, "activation_gradients")
+    leaves = leaves_beside(activation_gradients, feature_specs, "activation_gradients")
     return stacked(leaves, stacks_of(feature_specs), num_sc_per_device)
 
 
@@ -329,8 +331,6 @@ def init_embedding_variables(
         raise ValueError(f"init_embedding_variables: {spec} must be P(axis, None), or P(axis, None, None) for pmap")
     axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
     count = int(np.prod([mesh.shape[axis] for axis in axes]))
-    if count != mesh.size:
-        raise ValueError(f"init_embedding_variables: {spec} splits rows over {count} of the mesh's {mesh.size} devices")
     if not bypass_mesh_check and list(mesh.devices.flat) != jax.devices()[: mesh.size]:
         raise ValueError(
             "init_embedding_variables: the mesh has its devices in another order than jax.devices(); make it of these, "
@@ -380,16 +380,3 @@ def _buffer(stats: SparseDenseMatmulInputStats, name: str, num_sc: int) -> int |
 def _check_strategy(strategy: str) -> None:
     if str(strategy).upper() != "MOD":
         raise ValueError(f"sharding_strategy={strategy!r} is not supported; it must be MOD")
-
-
-def _is_feature(leaf: Any) -> bool:
-    return isinstance(leaf, FeatureSpec)
-
-
-def _leaves(tree: Any, feature_specs: Any, what: str) -> list[Any]:
-    """Returns what ``tree`` has for each feature; ValueError for another structure."""
-    structure = jax.tree.structure(feature_specs, is_leaf=_is_feature)
-    try:
-        return structure.flatten_up_to(tree)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{what} must have the structure of feature_specs, {structure}; {error}") from None

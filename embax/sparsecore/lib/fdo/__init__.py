@@ -1,0 +1,1 @@
+"""``embax.sparsecore.lib.fdo``: statistics of batches on disk."""

@@ -1,0 +1,1 @@
+"""``embax.sparsecore.lib.flax``: layers."""

@@ -1,6 +1,8 @@
-// What Python calls on the host by ctypes: the ids of a feature, the distinct rows of a batch, and what it needs of parts.
+// What Python calls on the host by ctypes: the ids of a feature, the distinct rows of a batch, what it needs of parts,
+// and the rows of an array that shards share.
 
 #include "host_ids.h"
+#include "host_layout.h"
 #include "host_partitions.h"
 
 #include <memory>
@@ -90,6 +92,13 @@ int64_t unique_rows(const int32_t* rows, int64_t count, int32_t bound, int32_t* 
   return distinct;
 }
 
+constexpr int64_t kMostCounted = int64_t{1} << 30, kMostRows = (int64_t{1} << 31) - 1;
+
+// Whether so many parts of so many rows are rows that 32 bits number.
+bool shared(int64_t part_rows, int64_t parts) {
+  return part_rows >= 1 && parts >= 1 && part_rows <= kMostRows && parts <= kMostRows / part_rows;
+}
+
 }  // namespace
 
 extern "C" {
@@ -106,11 +115,28 @@ int64_t embax_host_unique(const int32_t* rows, int64_t count, int32_t bound, int
   return unique_rows(rows, count, bound, unique, inverse);
 }
 
-// Returns 0, or -1: no memory, or more rows than the table of those that were seen can hold.
+// Returns 0, or -1: no memory, or numbers that do not fit 32 bits.
 int64_t embax_host_partitions(const int32_t* rows, int64_t count, const int32_t* offsets, int64_t samples,
                               int64_t part_rows, int64_t parts, int32_t* ids, int32_t* distinct) {
-  if (count > (int64_t{1} << 30) || part_rows < 1) return kRefused;
-  return embax::host::count_partitions(rows, count, offsets, samples, part_rows, parts, ids, distinct) ? 0 : kRefused;
+  if (count < 0 || count > kMostCounted || !shared(part_rows, parts)) return kRefused;
+  try {
+    embax::host::count_partitions(rows, count, offsets, samples, {part_rows, parts, ids, distinct});
+  } catch (const std::bad_alloc&) {
+    return kRefused;
+  }
+  return 0;
+}
+
+// Returns 0, or -1: likewise, or offsets or features that do not fit; what was written then means nothing.
+int64_t embax_host_lay(const embax::host::Laid* work) {
+  const bool fits = work->count >= 0 && work->count <= kMostCounted && work->samples >= 0 && work->feature_count >= 0 &&
+                    shared(work->shard_rows, work->shards);
+  if (!fits) return kRefused;
+  try {
+    return embax::host::lay(*work) ? 0 : kRefused;
+  } catch (const std::bad_alloc&) {
+    return kRefused;
+  }
 }
 
 }  // extern "C"

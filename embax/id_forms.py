@@ -198,7 +198,10 @@ def _peel(leaf: Any, what: str, place: Place, words: Words) -> tuple[np.ndarray,
 
 
 def _peel_rows(rows: Sequence[Any], what: str, place: Place) -> tuple[np.ndarray, Any]:
-    if not set(map(type, rows)) <= {list, tuple}:
+    kinds = set(map(type, rows))
+    if kinds == {np.ndarray} and (joined := _joined(rows)) is not None:
+        return np.fromiter(map(len, rows), np.int64, len(rows)), joined
+    if not kinds <= {list, tuple}:
         rows = [row if _is_vector(row) else _row(row, index, what, place) for index, row in enumerate(rows)]
         arrays = [row for row in rows if isinstance(row, np.ndarray) and row.size]
         # Vectors of one kind of numbers are joined as they are; any mixture is judged number by number.
@@ -208,6 +211,17 @@ def _peel_rows(rows: Sequence[Any], what: str, place: Place) -> tuple[np.ndarray
         rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     return lengths, list(itertools.chain.from_iterable(rows))
+
+
+def _joined(rows: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Returns vectors of one dtype one after another; None if they are something else."""
+    if rows[0].ndim != 1 or rows[0].dtype.kind == "O":
+        return None
+    try:
+        # NumPy asks each for its dimensions and dtype in less time than a loop here would.
+        return np.concatenate(tuple(rows), dtype=rows[0].dtype, casting="equiv")
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_vector(row: Any) -> bool:

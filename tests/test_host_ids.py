@@ -185,6 +185,38 @@ def test_partitions(samples, part_rows, parts, spare):
             np.testing.assert_array_equal(host.partitions(rows, offsets, part_rows, parts), wanted)
 
 
+@pytest.mark.parametrize("sizes", [(1,) * 50, (3, 2000, 0, 700, 1025, 64), (0, 0), ()])
+@pytest.mark.parametrize("part_rows, parts", [(2**31 - 1, 1), (500_000, 4), (300, 3), (1, 7)])
+def test_partitions_of_long_samples_and_large_tables(sizes, part_rows, parts):
+    rng = np.random.default_rng(len(sizes))
+    rows = (rng.zipf(1.2, sum(sizes)) * 7919 % (part_rows * parts + 3)).astype(np.int32)
+    offsets = np.cumsum([0, *sizes]).astype(np.int32)
+    both = []
+    for name in WAYS[:2]:
+        with way(name):
+            both.append(host.partitions(rows, offsets, part_rows, parts))
+    np.testing.assert_array_equal(*both)
+    assert not sum(sizes) or both[0][0].sum() > 0
+
+
+def test_rows_that_shards_share():
+    """Six ids of the example in csrc/host_layout.h, of two features; absent ones; where samples end."""
+    ids, offsets = np.array([0, 1, 2, 3, 4, 99, 5, 1], np.int32), np.array([0, 2, 6, 6, 8], np.int32)
+    features = np.array([[3, 1, 2], [1, 0, 0]])
+    out = host.Laid(np.zeros(8, np.int32), np.zeros(4, np.int32), 10, np.zeros(2, np.int32), np.zeros(2, np.int32))
+    with way("native"):
+        assert host.lay(ids, offsets, features, 5, 99, out)
+        assert not host.lay(ids, offsets, features[:1], 5, 99, out)  # a sample of no feature
+        assert not host.lay(ids, offsets[::-1], features, 5, 99, out)
+        assert not host.lay(ids, offsets, features, 2**31, 99, out)
+        assert host.lay(ids, offsets, features, 5, 99, out)
+    assert out.rows.tolist() == [7, 2, 8, 3, 9, 10, 7, 5]
+    assert out.ends.tolist() == [12, 16, 16, 18]
+    assert out.ids_of.tolist() == [2, 5] and out.distinct_of.tolist() == [2, 4]
+    with way("NumPy"):
+        assert not host.lay(ids, offsets, features, 5, 99, out)
+
+
 @pytest.mark.parametrize("size", [1000, 163_840])
 def test_distinct_rows_of_a_large_batch(size):
     rng = np.random.default_rng(0)

@@ -9,7 +9,9 @@
 
 #include "batch.h"
 #include "host_ids.h"
+#include "host_layout.h"
 
+extern "C" int64_t embax_host_lay(const embax::host::Laid* work);
 extern "C" int64_t embax_host_fill(int type, const embax::host::Rule* rule, const embax::host::Job* job);
 extern "C" int64_t embax_host_partitions(const int32_t* rows, int64_t count, const int32_t* offsets, int64_t samples,
                                          int64_t part_rows, int64_t parts, int32_t* ids, int32_t* distinct);
@@ -163,6 +165,48 @@ void partitions(Bytes& bytes) {
   }
 }
 
+void lay(Bytes& bytes) {
+  host::Laid work{};
+  work.feature_count = bytes.below(4);
+  work.shards = 1 + bytes.below(5);
+  work.shard_rows = bytes.below(8) == 0 ? bytes.take<uint32_t>() : 40;
+  work.absent = 60;
+  work.first = bytes.below(50);
+  Array<host::Feature> features(work.feature_count);
+  const bool honest = bytes.below(4) != 0;
+  for (host::Feature& feature : features) {
+    feature = {bytes.below(12), bytes.below(work.shards), bytes.below(20)};
+    if (!honest) feature.samples = bytes.take<int16_t>();
+    work.samples += feature.samples;
+  }
+  if (!honest) work.samples = bytes.below(40);
+  Array<int32_t> offsets(work.samples + 1), ends(work.samples), ids_of(work.shards), distinct_of(work.shards);
+  for (int64_t sample = 1; sample <= work.samples; ++sample)
+    offsets[sample] = offsets[sample - 1] + static_cast<int32_t>(bytes.below(sample % 16 == 0 ? 1500 : 9));
+  work.count = offsets[work.samples];
+  if (!honest && work.samples > 0) offsets[bytes.below(work.samples + 1)] = bytes.take<int32_t>();
+  Array<int32_t> ids(work.count), rows(work.count);
+  for (int32_t& id : ids) id = bytes.below(16) == 0 ? bytes.take<int32_t>() : static_cast<int32_t>(bytes.below(66));
+  work.ids = ids.data(), work.offsets = offsets.data(), work.features = features.data(), work.rows = rows.data();
+  work.ends = ends.data(), work.ids_of = ids_of.data(), work.distinct_of = distinct_of.data();
+  const bool done = embax_host_lay(&work) == 0;
+  EMBAX_CHECK(done || !honest || work.shard_rows != 40, "refused");
+  if (!done || !honest) return;
+  int64_t sample = 0;
+  for (const host::Feature& feature : features) {
+    for (int64_t end = sample + feature.samples; sample < end; ++sample) {
+      EMBAX_CHECK(ends[sample] == work.first + offsets[sample + 1], "an end");
+      for (int64_t i = offsets[sample]; i < offsets[sample + 1]; ++i) {
+        const bool present = ids[i] >= 0 && ids[i] < work.absent;
+        const int64_t shard = (ids[i] % work.shards + feature.rotation) % work.shards;
+        const int64_t row = shard * work.shard_rows + ids[i] / work.shards + feature.row_offset;
+        const int64_t want = present ? row : work.shards * work.shard_rows;
+        EMBAX_CHECK(rows[i] == static_cast<int32_t>(want), "row %d of id %d", rows[i], ids[i]);
+      }
+    }
+  }
+}
+
 void unique(Bytes& bytes) {
   const int64_t count = bytes.below(500);
   const int32_t bound = bytes.below(4) == 0 ? bytes.take<int32_t>() : static_cast<int32_t>(bytes.below(60));
@@ -190,9 +234,10 @@ void unique(Bytes& bytes) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   embax::test::Bytes bytes{data, size};
-  switch (bytes.below(4)) {
+  switch (bytes.below(5)) {
     case 0: embax::test::unique(bytes); break;
     case 1: embax::test::partitions(bytes); break;
+    case 2: embax::test::lay(bytes); break;
     default: embax::test::fill(bytes);
   }
   return 0;

@@ -24,7 +24,7 @@ SPLITS_TYPES = frozenset({np.dtype(np.int32), np.dtype(np.int64)})
 """The dtypes of splits."""
 
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
-_RULE, _JOB = struct.Struct("=7q"), struct.Struct("=12q")
+_RULE, _JOB, _LAID = struct.Struct("=7q"), struct.Struct("=12q"), struct.Struct("=14q")
 _CONTIGUOUS_ALIGNED = 0x101  # of flags.num, which is several times faster to ask than the flags by name
 
 
@@ -190,6 +190,56 @@ def partitions(rows: np.ndarray, offsets: np.ndarray, part_rows: int, parts: int
     return first, second
 
 
+class Laid(NamedTuple):
+    """Where the rows of a part of a batch go, in an array that shards share; see ``lay``.
+
+    ``rows`` int32 ``[count]``; ``ends`` int32 ``[samples]``: the offsets at which samples end, the first of which
+    begins at ``first``; ``ids_of`` and ``distinct_of`` int32 ``[shards]``: as ``partitions`` returns them.
+    """
+
+    rows: np.ndarray
+    ends: np.ndarray
+    first: int
+    ids_of: np.ndarray
+    distinct_of: np.ndarray
+
+
+def lay(ids: np.ndarray, offsets: np.ndarray, features: np.ndarray, shard_rows: int, absent: int, out: Laid) -> bool:
+    """Writes the rows that hold ids in an array that shards share; returns False where only C++ could, and cannot.
+
+    Id i is in shard ``(i mod shards + rotation) mod shards``, at place ``i div shards + row_offset``.
+
+    Args:
+      ids: int32 ``[count]``.
+      offsets: int32 ``[samples + 1]``, from 0 to ``count``: where the ids of each sample begin, and the end.
+      features: int64 ``[features, 3]``: samples, rotation and row_offset of each.
+      shard_rows: rows of a shard.
+      absent: ids of at least this are absent, and become one past the end of the array.
+      out: contiguous arrays.
+    """
+    call = _functions()
+    if call is None:
+        return False
+    ids, offsets, features = packed(ids), packed(offsets), packed(features)
+    work = _LAID.pack(
+        _address(ids),
+        ids.size,
+        _address(offsets),
+        offsets.size - 1,
+        _address(features),
+        len(features),
+        shard_rows,
+        out.ids_of.size,
+        absent,
+        _address(out.rows),
+        _address(out.ends),
+        out.first,
+        _address(out.ids_of),
+        _address(out.distinct_of),
+    )
+    return call.lay(work) >= 0
+
+
 # ---- native ------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +247,7 @@ class _Functions(NamedTuple):
     fill: Callable[..., int]
     unique: Callable[..., int]
     partitions: Callable[..., int]
+    lay: Callable[..., int]
 
 
 @functools.cache
@@ -207,7 +258,7 @@ def _functions() -> _Functions | None:
         return None
     try:
         fill, unique = library.embax_host_fill, library.embax_host_unique
-        partitions = library.embax_host_partitions
+        partitions, lay = library.embax_host_partitions, library.embax_host_lay
     except AttributeError:
         return None
     fill.argtypes, fill.restype = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int64
@@ -217,7 +268,8 @@ def _functions() -> _Functions | None:
     size = ctypes.c_int64
     partitions.argtypes = [address, size, address, size, size, size, address, address]
     partitions.restype = size
-    return _Functions(fill, unique, partitions)
+    lay.argtypes, lay.restype = [ctypes.c_char_p], size
+    return _Functions(fill, unique, partitions, lay)
 
 
 def _address(array: Any) -> int:

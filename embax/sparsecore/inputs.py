@@ -20,6 +20,7 @@ import numpy as np
 
 from embax.id_batch import StackIds, bucket
 from embax.id_forms import RaggedIds
+from embax.kernels import host
 from embax.preprocess import preprocess
 from embax.sparsecore.lib.nn.table_stacking import feature_leaves
 from embax.sparsecore.statistics import SparseDenseMatmulInputStats, Statistics
@@ -120,14 +121,19 @@ def preprocessed(
         except ValueError:
             preprocess(plan, leaves, weights)  # says which sample of the whole batch it is
             raise
-    statistics = Statistics(cores, options["limits"])
-    arrays: dict[str, list[np.ndarray]] = {}
-    for name, stack in stacks.items():
-        rows = [_rows(stack, batch.stacks[name].shard(0), cores) for batch in read]
-        statistics.add(stack, rows)
-        arrays[name] = _side_by_side(stack, rows, cores, options["has_leading_dimension"])
+    counts = np.empty((len(stacks), len(parts), 2, cores.all), np.int32)
+    arrays = {
+        name: _side_by_side(stack, [batch.stacks[name] for batch in read], cores, own)
+        for (name, stack), own in zip(stacks.items(), counts, strict=True)
+    }
+    if not options["has_leading_dimension"]:
+        arrays = {name: [array.reshape(-1) for array in own] for name, own in arrays.items()}
+    statistics = Statistics([stack.spec for stack in stacks.values()], counts, cores)
+    statistics.check(options["limits"])
     by_kind = ({name: own[kind] for name, own in arrays.items()} for kind in range(4))
-    minibatches = np.full(cores.local_devices, statistics.minibatches(options["enable_minibatching"]), np.int32)
+    minibatches = np.full(
+        cores.local_devices, statistics.minibatches() if options["enable_minibatching"] else 1, np.int32
+    )
     if options["has_leading_dimension"]:
         minibatches = minibatches[:, None]
     return PreprocessedInput(SparseDenseMatmulInput(*by_kind), minibatches), statistics.result()
@@ -163,46 +169,55 @@ def _cut(leaf: Any, first: int, last: int) -> Any:
     return leaf if first == 0 and last == len(leaf) else leaf[first:last]
 
 
-class Rows(NamedTuple):
-    """One SparseCore's ids of a stack: rows of its array where they stand, one past the end for absent ones."""
-
-    rows: np.ndarray
-    offsets: np.ndarray
-    gains: np.ndarray | None
-
-
-def _rows(stack: Stack, ids: StackIds, cores: Cores) -> Rows:
-    values, offsets = np.asarray(ids.ids)[: ids.offsets[-1]], np.asarray(ids.offsets)
-    rows, ends = np.empty(len(values), np.int32), np.cumsum(ids.samples)
-    for (_, feature), last, samples in zip(stack.features, ends, ids.samples, strict=True):
-        begin, end = offsets[last - samples], offsets[last]
-        rows[begin:end] = stack.physical(feature, values[begin:end], cores.all)
-    absent = values >= MOST_ROWS
-    if absent.any():
-        rows[absent] = stack.spec.stack_vocab_size
-    return Rows(rows, offsets, None if ids.gains is None else np.asarray(ids.gains)[: len(values)])
-
-
-def _side_by_side(stack: Stack, rows: list[Rows], cores: Cores, leading: bool) -> list[np.ndarray]:
-    """Returns row pointers, rows, samples and gains of all devices."""
-    devices = [rows[d * cores.per_device : (d + 1) * cores.per_device] for d in range(cores.local_devices)]
-    room = bucket(max(sum(len(one.rows) for one in own) for own in devices))
-    samples = sum(len(one.offsets) - 1 for one in devices[0])
-    pointers = np.zeros((cores.local_devices, samples + 1), np.int32)
-    ids = np.full((cores.local_devices, room), stack.spec.stack_vocab_size, np.int32)
-    gained = any(one.gains is not None for one in rows)
-    gains = np.zeros((cores.local_devices, room if gained else 0), np.float32)
-    for number, own in enumerate(devices):
-        at, sample = 0, 0
-        for one in own:
-            count, last = len(one.rows), sample + len(one.offsets) - 1
-            ids[number, at : at + count] = one.rows
-            pointers[number, sample + 1 : last + 1] = one.offsets[1:] + at
+def _side_by_side(stack: Stack, parts: list[StackIds], cores: Cores, counts: np.ndarray) -> list[np.ndarray]:
+    """Returns row pointers, rows, samples and gains of all devices; writes what each SparseCore needs of each."""
+    absent, per_device, devices = stack.spec.stack_vocab_size, cores.per_device, cores.local_devices
+    samples = parts[0].offsets.size - 1
+    sizes = [int(part.offsets[0, -1]) for part in parts]
+    if len(parts) == 1:
+        return _in_place(stack, parts[0], sizes[0], counts[0])
+    room = max(sum(sizes[d * per_device : (d + 1) * per_device]) for d in range(devices))
+    if None in parts[0].valencies:
+        room = bucket(room)
+    pointers, ids = np.empty((devices, per_device * samples + 1), np.int32), np.empty((devices, room), np.int32)
+    pointers[:, 0] = 0
+    gained = any(part.gains is not None for part in parts)
+    gains = np.zeros((devices, room if gained else 0), np.float32)
+    for number in range(devices):
+        at = 0
+        for core in range(per_device):
+            own = number * per_device + core
+            part, end, sample = parts[own], at + sizes[own], core * samples + 1
+            ends = pointers[number, sample : sample + samples]
+            _lay(stack, part, cores.all, host.Laid(ids[number, at:end], ends, at, *counts[own]))
             if gained:
-                gains[number, at : at + count] = 1.0 if one.gains is None else one.gains
-            at, sample = at + count, last
-    nothing = np.zeros((cores.local_devices, 0), np.int32)
-    return [part if leading else part.reshape(-1) for part in (pointers, ids, nothing, gains)]
+                gains[number, at:end] = 1.0 if part.gains is None else part.gains[0, : sizes[own]]
+            at = end
+        ids[number, at:] = absent
+    return [pointers, ids, np.empty((devices, 0), np.int32), gains]
+
+
+def _in_place(stack: Stack, part: StackIds, size: int, counts: np.ndarray) -> list[np.ndarray]:
+    """Returns the arrays of the only SparseCore: those that hold its ids, made rows where they are."""
+    ids, pointers = part.ids, part.offsets
+    _lay(stack, part, 1, host.Laid(ids[0, :size], pointers[0, 1:], 0, *counts))
+    ids[0, size:] = stack.spec.stack_vocab_size
+    gains = np.empty((1, 0), np.float32) if part.gains is None else part.gains
+    return [pointers, ids, np.empty((1, 0), np.int32), gains]
+
+
+def _lay(stack: Stack, part: StackIds, num_sc: int, out: host.Laid) -> None:
+    """Writes a SparseCore's rows of the stack's array, where its samples end, and what it needs of the others."""
+    values, offsets, rows = part.ids[0, : out.rows.size], part.offsets[0], stack.spec.stack_vocab_size
+    if host.lay(values, offsets, stack.layout(part.samples), rows // num_sc, MOST_ROWS, out):
+        return
+    ends, absent = np.cumsum(part.samples), values >= MOST_ROWS
+    for (_, feature), last, samples in zip(stack.features, ends, part.samples, strict=True):
+        begin, end = offsets[last - samples], offsets[last]
+        out.rows[begin:end] = stack.physical(feature, values[begin:end], num_sc)
+    out.rows[absent] = rows
+    out.ends[:] = offsets[1:] + out.first
+    out.ids_of[:], out.distinct_of[:] = host.partitions(out.rows, offsets, rows // num_sc, num_sc)
 
 
 def from_coordinates(feature: FeatureSpec, indices: Any, values: Any, dense_shape: Any) -> RaggedIds:

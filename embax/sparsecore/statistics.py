@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from embax.kernels import host
+from embax.specs import StackedTableSpec
 
 ALIGNED = 8
 
@@ -46,58 +46,88 @@ class SparseDenseMatmulInputStats:
         """Returns the statistics with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def get_required_buffer_size_per_device(self, table_name: str, num_sc_per_device: int | None = None) -> int | None:
+        """Returns the buffer that a stack needs on a device: of its largest SparseCore, times their number.
 
-class Statistics:
-    """Counts stack after stack.
+        Args:
+          table_name: of the stack; None is returned where there are no statistics of it.
+          num_sc_per_device: SparseCores of a device; None for as many as the statistics have.
+        """
+        sizes = self.required_buffer_size_per_sc.get(table_name)
+        if sizes is None or not np.size(sizes):
+            return None
+        return int(np.max(sizes)) * (num_sc_per_device or np.size(sizes))
 
-    Args:
-      cores: the SparseCores.
-      limits: "ignore", "warn" or "error": what to do where a stack's limits are exceeded.
-    """
+    def set_required_buffer_size_per_device(
+        self, table_name: str, required_buffer_size_per_device: int, num_sc_per_device: int | None = None
+    ) -> None:
+        """Sets the buffer that a stack needs on a device, in place; what its SparseCores share is rounded up.
 
-    def __init__(self, cores: Any, limits: str):
-        self.cores, self.limits = cores, limits
-        self.most: dict[str, Any] = {}
-        self.unique: dict[str, Any] = {}
-        self.buffers: dict[str, Any] = {}
-        self.dropped: dict[str, int] = {}
-        self.parts = 1
-
-    def add(self, stack: Any, parts: list[Any]) -> None:
-        """Counts the rows of a stack, those of each local SparseCore apart.
+        Args:
+          table_name: of the stack.
+          required_buffer_size_per_device: in ids.
+          num_sc_per_device: SparseCores of a device; None for as many as the statistics have.
 
         Raises:
-          ValueError: a limit is exceeded, and that was to be an error.
+          ValueError: there are no statistics of the stack, and no number of SparseCores.
         """
-        counted = [_counted(stack, part, self.cores.all) for part in parts]
-        ids, unique = (np.array([one[kind] for one in counted], np.int32) for kind in (0, 1))
-        name, by_device = stack.spec.stack_name, (self.cores.local_devices, self.cores.per_device, -1)
-        self.most[name] = ids.reshape(by_device).max(1).reshape(-1)
-        self.unique[name] = unique.reshape(by_device).max(1).reshape(-1)
-        self.buffers[name] = (-(-ids // ALIGNED) * ALIGNED).sum(1, dtype=np.int32)
-        self.dropped[name] = int(np.maximum(ids - stack.spec.max_ids_per_partition, 0).sum())
-        for kind, most in (("max_ids_per_partition", ids), ("max_unique_ids_per_partition", unique)):
-            limit, found = getattr(stack.spec, kind), int(most.max(initial=0))
-            self.parts = max(self.parts, -(-found // limit))
-            if found > limit and self.limits != "ignore":
-                text = (
-                    f'stack "{name}": {found} ids go from one SparseCore to another, and {kind} is {limit}: a TPU '
-                    "would drop or refuse them (embax loses none); raise the limit by update_preprocessing_parameters"
-                )
-                if self.limits == "error":
-                    raise ValueError(text)
-                warnings.warn(text, UserWarning, stacklevel=6)
+        count = num_sc_per_device or np.size(self.required_buffer_size_per_sc.get(table_name, ()))
+        if not count:
+            raise ValueError(
+                f'stack "{table_name}": there are no statistics of it that say how many SparseCores a device has; '
+                "pass num_sc_per_device"
+            )
+        each = -(-required_buffer_size_per_device // count)
+        self.required_buffer_size_per_sc[table_name] = np.full(count, each, np.int32)
 
-    def minibatches(self, enabled: bool) -> int:
+
+class Statistics:
+    """What was counted of every stack.
+
+    Args:
+      specs: the stacks.
+      counts: int32 ``[stacks, local SparseCores, 2, SparseCores]``: ids that each needs of each, and distinct rows.
+      cores: the SparseCores.
+    """
+
+    def __init__(self, specs: list[StackedTableSpec], counts: np.ndarray, cores: Any):
+        self.specs, self.counts, self.cores = specs, counts, cores
+        limits = [(spec.max_ids_per_partition, spec.max_unique_ids_per_partition) for spec in specs]
+        self.limits = np.array(limits, np.int64)
+        self.most = counts.max((1, 3))
+
+    def check(self, what: str) -> None:
+        """Says which limit is exceeded: not at all ("ignore"), by a warning ("warn") or a ValueError ("error")."""
+        if what == "ignore":
+            return
+        for number, kind in np.argwhere(self.most > self.limits):
+            field = ("max_ids_per_partition", "max_unique_ids_per_partition")[kind]
+            text = (
+                f'stack "{self.specs[number].stack_name}": {self.most[number, kind]} ids go from one SparseCore to '
+                f"another, and {field} is {self.limits[number, kind]}: a TPU would drop or refuse them (embax loses "
+                "none); raise the limit by update_preprocessing_parameters"
+            )
+            if what == "error":
+                raise ValueError(text)
+            warnings.warn(text, UserWarning, stacklevel=5)
+
+    def minibatches(self) -> int:
         """Returns into how many parts a TPU would cut the batch: a power of two."""
-        return 1 << (self.parts - 1).bit_length() if enabled else 1
+        parts = max(1, int((-(-self.most // self.limits)).max()))
+        return 1 << (parts - 1).bit_length()
 
     def result(self) -> SparseDenseMatmulInputStats:
-        """Returns what was counted."""
-        nothing = dict.fromkeys(self.most, 0)
-        return SparseDenseMatmulInputStats(self.most, self.unique, self.buffers, nothing, self.dropped)
-
-
-def _counted(stack: Any, part: Any, num_sc: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how many ids, and how many distinct rows, one SparseCore needs of each."""
-    return host.partitions(part.rows, part.offsets, stack.spec.stack_vocab_size // num_sc, num_sc)
+        """Returns what was counted, by stack."""
+        ids, by_device = self.counts[:, :, 0], (len(self.specs), self.cores.local_devices, self.cores.per_device, 2, -1)
+        most = self.counts.reshape(by_device).max(2)
+        buffers = (-(-ids // ALIGNED) * ALIGNED).sum(2, dtype=np.int32)
+        dropped = np.maximum(ids - self.limits[:, :1, None], 0).sum((1, 2)).tolist()
+        names = [spec.stack_name for spec in self.specs]
+        each = [dict(zip(names, most[:, :, kind].reshape(len(names), -1), strict=True)) for kind in (0, 1)]
+        return SparseDenseMatmulInputStats(
+            each[0],
+            each[1],
+            dict(zip(names, buffers, strict=True)),
+            dict.fromkeys(names, 0),
+            dict(zip(names, dropped, strict=True)),
+        )

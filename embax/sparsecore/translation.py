@@ -37,6 +37,14 @@ class Stack(NamedTuple):
         where = setting.shard_rotation, setting.row_offset_in_shard
         return compute_physical_row_ids(num_sc, self.spec.stack_vocab_size, *where, ids)
 
+    def layout(self, samples: tuple[int, ...]) -> np.ndarray:
+        """Returns samples, rotation and row offset of each feature, of so many samples, as ``host.lay`` reads them."""
+        settings = (feature.table_spec.setting_in_stack for _, feature in self.features)
+        return np.array(
+            [(n, one.shard_rotation, one.row_offset_in_shard) for n, one in zip(samples, settings, strict=True)],
+            np.int64,
+        )
+
 
 def stacks_of(feature_specs: Any) -> dict[str, Stack]:
     """Returns the stacks of prepared features by name.

@@ -16,11 +16,22 @@ from embax.sparsecore.inputs import LIMITS, Cores, from_coordinates, preprocesse
 from embax.sparsecore.inputs import PreprocessedInput as PreprocessedInput
 from embax.sparsecore.inputs import SparseDenseMatmulInput as SparseDenseMatmulInput
 from embax.sparsecore.lib.nn import table_stacking
+from embax.sparsecore.lib.nn.embedding_proto_utils import (
+    create_proto_from_feature_specs as create_proto_from_feature_specs,
+)
+from embax.sparsecore.lib.nn.embedding_proto_utils import optimizer_spec_to_proto as optimizer_spec_to_proto
+from embax.sparsecore.lib.nn.embedding_proto_utils import proto_to_optimizer_spec as proto_to_optimizer_spec
 from embax.sparsecore.lib.nn.table_stacking import LimitsCallable as LimitsCallable
 from embax.sparsecore.lib.nn.table_stacking import get_default_limits as get_default_limits
 from embax.sparsecore.lib.nn.table_stacking import stack_tables as stack_tables
 from embax.sparsecore.matmul import EmbeddingVariables as EmbeddingVariables
 from embax.sparsecore.matmul import arrays_of, check_stacks, looked_up, stacked, stepped, unstacked
+from embax.sparsecore.sizes import compute_coo_buffer_size_per_device as compute_coo_buffer_size_per_device
+from embax.sparsecore.sizes import compute_row_pointers_size_per_device as compute_row_pointers_size_per_device
+from embax.sparsecore.sizes import compute_theoretical_max_coo_buffer_size as compute_theoretical_max_coo_buffer_size
+from embax.sparsecore.sizes import (
+    eval_preprocess_sparse_dense_matmul_input_shape as eval_preprocess_sparse_dense_matmul_input_shape,
+)
 from embax.sparsecore.statistics import SparseDenseMatmulInputStats as SparseDenseMatmulInputStats
 from embax.sparsecore.structure import is_feature, leaves_beside
 from embax.sparsecore.translation import check_cores, check_names, stacks_of
@@ -137,7 +148,7 @@ def preprocess_sparse_dense_matmul_input(
       ValueError: another structure; ids, weights or samples that do not fit; a limit, if that was asked for.
     """
     del allow_id_dropping, batch_number, all_reduce_interface
-    _check_strategy(sharding_strategy)
+    utils.check_strategy(sharding_strategy)
     if limits not in LIMITS:
         raise ValueError(f"limits={limits!r} must be one of {', '.join(LIMITS)}")
     cores = Cores(local_device_count, global_device_count, utils.checked(num_sc_per_device))
@@ -215,7 +226,7 @@ def tpu_sparse_dense_matmul(
       ValueError: variables or inputs of other features, or a call that is not on all devices.
     """
     del enable_minibatching, use_activation_unstack_primitive
-    _check_strategy(sharding_strategy)
+    utils.check_strategy(sharding_strategy)
     stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
     check_stacks(stacks, arrays, embedding_variables)
     check_cores(stacks, global_device_count * utils.checked(num_sc_per_device))
@@ -231,9 +242,14 @@ def tpu_sparse_dense_matmul(
 
 
 def unstack_embedding_activations(
-    activations: Mapping[str, jax.Array], feature_specs: Any, global_device_count: int, num_sc_per_device: int
+    activations: Mapping[str, jax.Array],
+    feature_specs: Any,
+    global_device_count: int,
+    num_sc_per_device: int,
+    use_activation_unstack_primitive: bool = False,
 ) -> Any:
     """Returns each feature's activations, of those of the stacks; see ``tpu_sparse_dense_matmul``."""
+    del use_activation_unstack_primitive
     stacks = stacks_of(feature_specs)
     leaves, structure = jax.tree.flatten(feature_specs, is_leaf=is_feature)
     found = unstacked(activations, stacks, global_device_count, num_sc_per_device, len(leaves))
@@ -241,9 +257,14 @@ def unstack_embedding_activations(
 
 
 def stack_embedding_gradients(
-    activation_gradients: Any, feature_specs: Any, num_sc_per_device: int
+    activation_gradients: Any,
+    feature_specs: Any,
+    num_sc_per_device: int,
+    global_device_count: int | None = None,
+    use_gradient_stacking_primitive: bool = False,
 ) -> dict[str, jax.Array]:
     """Returns the gradients of the stacks' activations, of those of the features."""
+    del global_device_count, use_gradient_stacking_primitive
     leaves = leaves_beside(activation_gradients, feature_specs, "activation_gradients")
     return stacked(leaves, stacks_of(feature_specs), num_sc_per_device)
 
@@ -286,7 +307,7 @@ def tpu_sparse_dense_matmul_grad(
       ValueError: variables, inputs or gradients of other features, or a call that is not on all devices.
     """
     del label, enable_minibatching, use_gradient_stacking_primitive
-    _check_strategy(sharding_strategy)
+    utils.check_strategy(sharding_strategy)
     stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
     check_stacks(stacks, arrays, embedding_variables)
     num_sc = utils.checked(num_sc_per_device)
@@ -355,28 +376,20 @@ def init_embedding_variables(
 
 
 def update_preprocessing_parameters(
-    feature_specs: Any, stats: SparseDenseMatmulInputStats, num_sc_per_device: int | None = None
+    feature_specs: Any, updated_params: SparseDenseMatmulInputStats, num_sc_per_device: int | None = None
 ) -> None:
-    """Writes the limits that statistics call for into the stacks of features, in place."""
-    num_sc = utils.checked(num_sc_per_device)
-    for name, stack in stacks_of(feature_specs).items():
-        if name not in stats.max_ids_per_partition:
-            continue
-        spec = dataclasses.replace(
-            stack.spec,
-            max_ids_per_partition=max(1, int(np.max(stats.max_ids_per_partition[name]))),
-            max_unique_ids_per_partition=max(1, int(np.max(stats.max_unique_ids_per_partition[name]))),
-            suggested_coo_buffer_size_per_device=_buffer(stats, name, num_sc),
-        )
-        for _, feature in stack.features:
+    """Writes the limits that statistics call for into the stacks of features, in place; others keep what they have."""
+    num_sc, stacks, changed = utils.checked(num_sc_per_device), stacks_of(feature_specs), {}
+    for name, stack in stacks.items():
+        changes: dict[str, Any] = {
+            field: max(1, int(np.max(values[name])))
+            for field in ("max_ids_per_partition", "max_unique_ids_per_partition")
+            if name in (values := getattr(updated_params, field)) and np.size(values[name])
+        }
+        buffer = updated_params.get_required_buffer_size_per_device(name, num_sc)
+        if buffer is not None:
+            changes["suggested_coo_buffer_size_per_device"] = buffer
+        changed[name] = dataclasses.replace(stack.spec, **changes)
+    for name, spec in changed.items():  # all of them, or none
+        for _, feature in stacks[name].features:
             feature.table_spec._stacked_table_spec = spec
-
-
-def _buffer(stats: SparseDenseMatmulInputStats, name: str, num_sc: int) -> int | None:
-    sizes = stats.required_buffer_size_per_sc.get(name)
-    return None if sizes is None or not np.size(sizes) else int(np.max(sizes)) * num_sc
-
-
-def _check_strategy(strategy: str) -> None:
-    if str(strategy).upper() != "MOD":
-        raise ValueError(f"sharding_strategy={strategy!r} is not supported; it must be MOD")

@@ -14,15 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from embax.sparsecore.layout import MULTIPLE, round_up
+from embax.sparsecore.layout import compute_physical_row_ids as compute_physical_row_ids
+from embax.sparsecore.layout import get_table_stacks as get_table_stacks
+from embax.sparsecore.layout import round_up_dim_and_vocab_size as round_up_dim_and_vocab_size
+from embax.sparsecore.layout import stack_and_shard_tables as stack_and_shard_tables
+from embax.sparsecore.layout import unshard_and_unstack_tables as unshard_and_unstack_tables
+from embax.sparsecore.layout_messages import get_row_ids_in_stacked_table as get_row_ids_in_stacked_table
+from embax.sparsecore.layout_messages import get_row_ids_in_stacked_tables as get_row_ids_in_stacked_tables
+from embax.sparsecore.layout_messages import stack_and_shard_feature_tables as stack_and_shard_feature_tables
+from embax.sparsecore.layout_messages import unstack_and_unshard_stacked_tables as unstack_and_unshard_stacked_tables
 from embax.specs import FeatureIdTransformation, FeatureSpec, StackedTableSpec, TableSettingInStack, TableSpec
 from embax.stacking import stack_name as short_name
 
 LimitsCallable = Callable[[str, int], int]
 ACTIVATION_BYTES = 2048 * 1024
-MULTIPLE = 8  # rows of a SparseCore, and columns, are padded to multiples of it
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +39,6 @@ def get_default_limits(name: str, batch_size: int) -> int:
     """Returns the limit of ids that a stack has where nobody says otherwise."""
     del name, batch_size
     return 256
-
-
-def round_up_dim_and_vocab_size(tables: Mapping[str, TableSpec], num_sc: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns embedding_dim and vocabulary_size of each table as they are stored.
-
-    >>> import jax, embax
-    >>> table = embax.TableSpec(name="a", vocabulary_size=100, embedding_dim=5, combiner="sum",
-    ...     initializer=jax.nn.initializers.zeros, optimizer=embax.SGD())
-    >>> round_up_dim_and_vocab_size({"a": table}, 4)
-    ({'a': 8}, {'a': 128})
-    """
-    dims = {name: _up(table.embedding_dim, MULTIPLE) for name, table in tables.items()}
-    return dims, {name: _up(table.vocabulary_size, MULTIPLE * num_sc) for name, table in tables.items()}
 
 
 def auto_stack_tables(
@@ -190,85 +185,9 @@ def compute_table_to_setting_in_stack(
     return _settings(stack_name, list(tables), max(dims.values()), rows, num_sc, turn)
 
 
-def get_table_stacks(table_specs: Any) -> dict[str, list[TableSpec]]:
-    """Returns the tables of each stack, by its name; a table that is not stacked is one of its own."""
-    stacks: dict[str, list[TableSpec]] = {}
-    for table in jax.tree.leaves(table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec)):
-        name = table.stacked_table_spec.stack_name if table.is_stacked() else table.name
-        stacks.setdefault(name, []).append(table)
-    return stacks
-
-
-def compute_physical_row_ids(
-    num_sparse_cores: int, stack_vocab_size: int, shard_rotation: int, row_offset_in_shard: int, row_ids: Any
-) -> Any:
-    """Returns the rows of a stack's array that hold ids of one of its tables: numbers, or arrays of them.
-
-    >>> [compute_physical_row_ids(2, 10, 1, 3, i) for i in range(3)]
-    [8, 3, 9]
-    """
-    shard = (row_ids % num_sparse_cores + shard_rotation) % num_sparse_cores
-    return shard * (stack_vocab_size // num_sparse_cores) + row_ids // num_sparse_cores + row_offset_in_shard
-
-
-def stack_and_shard_tables(table_specs: Any, tables: Any, num_shards: int, pad_value: float = 0.0) -> dict[str, Any]:
-    """Returns the arrays of all stacks, made of the tables': the inverse of ``unshard_and_unstack_tables``.
-
-    Args:
-      table_specs: any pytree of stacked TableSpecs.
-      tables: of the same structure; a table is an array ``[vocabulary_size, embedding_dim]``, or a pytree of such
-        arrays: rows and slots.
-      num_shards: SparseCores of all devices.
-      pad_value: of rows and columns that no id has.
-    """
-    specs, structure = jax.tree.flatten(table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec))
-    given = dict(zip([spec.name for spec in specs], structure.flatten_up_to(tables), strict=True))
-    stacks = {}
-    for name, members in get_table_stacks(specs).items():
-        stacked = members[0].stacked_table_spec
-        shape = (stacked.stack_vocab_size, stacked.stack_embedding_dim)
-
-        def place(*parts: Any, members: Any = members, shape: Any = shape) -> jax.Array:
-            whole = jnp.full(shape, pad_value, jnp.asarray(parts[0]).dtype)
-            for spec, part in zip(members, parts, strict=True):
-                whole = whole.at[physical_rows(spec, num_shards), : spec.embedding_dim].set(jnp.asarray(part))
-            return whole
-
-        stacks[name] = jax.tree.map(place, *[given[spec.name] for spec in members])
-    return stacks
-
-
-def unshard_and_unstack_tables(table_specs: Any, stacked_tables: Mapping[str, Any], num_shards: int) -> Any:
-    """Returns every table as ``[vocabulary_size, embedding_dim]``, in the structure of ``table_specs``.
-
-    Args:
-      table_specs: any pytree of stacked TableSpecs.
-      stacked_tables: arrays by the name of the stack, or pytrees of them: rows and slots.
-      num_shards: SparseCores of all devices.
-    """
-
-    def take(spec: TableSpec) -> Any:
-        rows = physical_rows(spec, num_shards)
-        stack = stacked_tables[spec.stacked_table_spec.stack_name]
-        return jax.tree.map(lambda part: part.reshape(-1, part.shape[-1])[rows, : spec.embedding_dim], stack)
-
-    return jax.tree.map(take, table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec))
-
-
-def physical_rows(table: TableSpec, num_shards: int) -> np.ndarray:
-    """Returns where each row of a stacked table stands in the array of its stack."""
-    setting, rows = table.setting_in_stack, np.arange(table.vocabulary_size)
-    size = table.stacked_table_spec.stack_vocab_size
-    return compute_physical_row_ids(num_shards, size, setting.shard_rotation, setting.row_offset_in_shard, rows)
-
-
 def feature_leaves(features: Any) -> list[FeatureSpec]:
     """Returns the FeatureSpecs of a pytree."""
     return jax.tree.leaves(features, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _samples(feature: FeatureSpec) -> int:
@@ -281,7 +200,13 @@ def _samples(feature: FeatureSpec) -> int:
 
 
 def _kind(table: TableSpec) -> tuple:
-    return _up(table.embedding_dim, MULTIPLE), table.optimizer, table.combiner, table.quantization_config, table.dtype
+    return (
+        round_up(table.embedding_dim, MULTIPLE),
+        table.optimizer,
+        table.combiner,
+        table.quantization_config,
+        table.dtype,
+    )
 
 
 def _checked(name: str, names: Sequence[str], features: Sequence[FeatureSpec]) -> dict[str, TableSpec]:

@@ -77,6 +77,7 @@ NIGHTLY = (
         ),
     ),
     ("test_mesh_mistakes.py", ("[int8]", "[int16]", "[row-column]", "[row-replicated]")),
+    ("test_examples.py", ("test_the_next_word[by_linen]", "test_the_next_word[by_primitives]")),
     ("test_export.py", ("[False-optimizer1]", "[False-optimizer2]", "[True-optimizer1]", "[True-optimizer2]")),
 )
 
@@ -93,7 +94,8 @@ ONCE = (
     ),
     ("test_checkpoint_death.py", ("test_",)),
     ("test_incremental.py", ("test_",)),
-    ("test_sparsecore.py", ("test_a_step", "test_initial")),
+    ("test_sparsecore.py", ("test_a_step", "test_initial", "test_one_device")),
+    ("test_examples.py", ("test_the_next",)),
     ("test_sparsecore_layers.py", ("[1]", "test_a_mesh")),
     ("test_touched.py", ("test_mesh", "test_nnx", "[reference-", "bfloat16")),
     ("test_pieces.py", ("test_",)),

@@ -169,8 +169,8 @@ def devices_here(global_device_count: int) -> Devices | None:
             f"global_device_count={global_device_count}, and the call is {where}; call it inside of jax.shard_map (or "
             "jax.pmap) over all devices, and pass mesh.size"
         )
-    if not fitting:
-        return None
+    if global_device_count == 1:
+        return None  # one device has nobody to exchange with, in a mesh or not
     # Axes of length 1 more or less are the same devices; others would be a guess.
     if len({tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in fitting}) > 1:
         raise ValueError(

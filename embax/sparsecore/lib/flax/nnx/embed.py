@@ -95,14 +95,16 @@ def embedding_lookup_bwd(res: Any, g: Any, step: Any = None) -> Any:
 
 
 def get_named_sharding(node: Any, mesh: Any) -> nnx.StateSharding:
-    """Returns the shardings of a model or optimizer, for ``nnx.jit``: tables are split, all else is on every device."""
-    whole = NamedSharding(mesh, P())
+    """Returns the shardings of a model or optimizer, for ``nnx.jit``.
 
-    def sharding(_: Any, variable: Any) -> Any:
-        # One for all arrays of a variable, as jax.jit takes them.
-        return variable.replace(
-            variable.get_metadata("embedding_sharding") if is_embedding_variables(None, variable) else whole
-        )
+    Tables are split; all else is as its variables say (``nnx.with_partitioning``), or on every device.
+    """
+
+    def sharding(path: Any, variable: Any) -> Any:
+        if is_embedding_variables(path, variable):
+            # One for all arrays of a variable, as jax.jit takes them.
+            return variable.replace(variable.get_metadata("embedding_sharding"))
+        return nnx.get_named_sharding(variable, mesh)
 
     return nnx.StateSharding(nnx.map_state(sharding, nnx.state(node)))
 

@@ -1,0 +1,1 @@
+"""Messages of SparseCore specifications."""

@@ -1,6 +1,4 @@
-"""The SparseCore layers, pipelining and FDO clients: training by them is training by the primitives."""
-
-import functools
+"""The SparseCore layers and FDO clients: training by them is training by the primitives."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from embax.sparsecore.lib.flax.linen import embed as linen_embed
 from embax.sparsecore.lib.flax.linen import embed_optimizer
 from embax.sparsecore.lib.flax.nnx import embed as nnx_embed
 from embax.sparsecore.lib.nn import embedding, embedding_spec
-from embax.sparsecore.lib.nn import embedding_pipelining_utils as pipelining
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 BATCH, DIM, STEPS = 16, 8, 4
@@ -180,61 +177,6 @@ def test_linen(devices):
         {"params": params["embed"]}, {name: jnp.ones((BATCH, DIM)) for name in "ab"}, inputs, 0, method="apply_gradient"
     )
     assert path == "sc_embedding_variables"
-
-
-def test_a_pipeline_is_two_steps_late():
-    """Against the same three stages by hand: batch i is looked up before the batches i - 1 and i - 2 have updated."""
-    mesh, features = line_of(2), _features()
-    embedding.prepare_feature_specs_for_training(features, 2, 1)
-    variables = embedding.init_embedding_variables(
-        jax.random.key(0), embedding.get_table_specs(features), jax.sharding.NamedSharding(mesh, P("x", None)), 1
-    )
-    forward = pipelining.get_default_sc_fwd_function(features, mesh)
-    backward = pipelining.get_default_sc_bwd_function(features, mesh)
-
-    def dense(activations, labels, kernel, aux):
-        del aux
-        loss, gradients = jax.value_and_grad(lambda a, kernel: _loss((a["a"] + a["b"]) @ kernel, labels), (0, 1))(
-            activations, kernel
-        )
-        return gradients[0], loss, kernel - 0.1 * gradients[1], None
-
-    batches = [
-        pipelining.CurrentStepInput(
-            embedding.preprocess_sparse_dense_matmul_input(_ids(n), None, features, 2, 2, num_sc_per_device=1)[0],
-            _labels(n),
-        )
-        for n in range(STEPS)
-    ]
-    kernel = jnp.full((DIM, 1), 0.1)
-    state = pipelining.get_initial_state(batches[0], kernel, variables, forward, dense)
-    run = functools.partial(pipelining.step, sc_fwd_function=forward, tc_function=dense, sc_bwd_function=backward)
-    step = jax.jit(run, static_argnames="fake_tc_step")
-    losses, own, own_kernel = [], variables, kernel
-    for number in range(pipelining.get_pipeline_train_steps(STEPS)):
-        batch = batches[min(number, STEPS - 1)]
-        valid = pipelining.is_output_valid(number, STEPS)
-        loss, _, kernel, variables, state = step(batch, kernel, variables, state, fake_tc_step=not valid)
-        if valid:
-            losses.append(float(loss))
-    wanted, looked, waiting = [], {}, {}
-    for number in range(STEPS + 2):
-        if number >= 2:
-            own, _ = backward(batches[number - 2].sparse_inputs, waiting[number - 2], own, None, step=number - 2)
-        if number < STEPS:
-            looked[number] = forward(batches[number].sparse_inputs, own)[0]
-        if 1 <= number <= STEPS:
-            waiting[number - 1], loss, own_kernel, _ = dense(
-                looked[number - 1], batches[number - 1].dense_inputs, own_kernel, None
-            )
-            wanted.append(float(loss))
-    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
-    for one, other in zip(jax.tree.leaves(variables), jax.tree.leaves(own), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="global_mesh has the axes .* it must have one"):
-        pipelining.get_default_sc_fwd_function(features, jax.make_mesh((2, 2), ("a", "b")))
-    shardings = pipelining.get_pipeline_state_sharding(pipelining.PipelineState, *"dsop")
-    assert shardings.last_step_inputs == ("s", "s", "d", "d") and shardings.placeholder_output == "o"
 
 
 CLIENTS = [file_fdo_client.NPZFileFDOClient, csv_file_fdo_client.CSVFileFDOClient]

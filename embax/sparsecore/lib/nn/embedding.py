@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from embax.sparsecore.all_reduce import get_all_reduce_interface as get_all_reduce_interface
 from embax.sparsecore.inputs import LIMITS, Cores, from_coordinates, preprocessed
 from embax.sparsecore.inputs import PreprocessedInput as PreprocessedInput
 from embax.sparsecore.inputs import SparseDenseMatmulInput as SparseDenseMatmulInput

@@ -1,0 +1,1 @@
+"""See ``embax.sparsecore``."""

@@ -169,6 +169,23 @@ def test_a_program_steps_like_its_function(limits):
     np.testing.assert_allclose(ours.slots[0], wanted.slots.accumulator, rtol=1e-6)
 
 
+def test_programs_of_arrays_of_numbers_and_of_functions_of_one_name():
+    """As TPU programs take numbers; ``clip`` is a function of the program, of its wrapping and of ours."""
+    row = jax.ShapeDtypeStruct((1, 4), np.float32)
+    text = jax.jit(lambda g, row, rate: jnp.clip(row - rate * g, -1.0, 1.0)).lower(row, row, row).as_text()
+    assert text.count("func.func private @clip") == 1
+    program = embax.Custom(2.0, stablehlo=embax.Custom.wrap_stablehlo_with_limits(text, 4, 0, 1, -0.5, 0.5))
+    gradient = embax.RowGradients(jnp.array([1, 3]), jnp.arange(-4.0, 4.0).reshape(2, 4) / 8, 6)
+
+    @jax.jit
+    def step(table):
+        return jnp.clip(embax.apply_rows(program, embax.init_slots(program, table), gradient).table, -0.25, 5.0)
+
+    wanted = np.ones((6, 4), np.float32)
+    wanted[[1, 3]] = np.clip(np.clip(1 - 2 * np.asarray(gradient.values), -0.5, 0.5), -0.25, 5)
+    np.testing.assert_allclose(step(jnp.ones((6, 4))), wanted, rtol=1e-6)
+
+
 def test_programs_that_do_not_fit_are_refused():
     text = embax.Custom.lower_to_stablehlo(lambda gradient, row, rate: row - rate * gradient, 3)
     program = embax.Custom(0.1, stablehlo=text)

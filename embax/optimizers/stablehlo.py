@@ -15,12 +15,16 @@ _program.multiple_results = True
 
 
 def call_program(text: str, *arguments: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the results of the ``main`` function of a StableHLO module.
+    """Returns the results of the ``main`` function of a StableHLO module; numbers are spread to what it takes.
 
     Raises:
       ValueError: the text is no module with a ``main``, or ``main`` takes other shapes or dtypes.
     """
     inputs, outputs = _signature(text)
+    if len(inputs) == len(arguments):  # a number where the program takes an array of it, as a TPU's programs do
+        arguments = tuple(
+            a if a.shape else jax.numpy.broadcast_to(a, t[0]) for a, t in zip(arguments, inputs, strict=True)
+        )
     given = tuple((tuple(a.shape), str(a.dtype)) for a in arguments)
     if given != inputs:
         raise ValueError(f"the StableHLO program takes {_shown(inputs)}, and is given {_shown(given)}")
@@ -66,7 +70,9 @@ def _(*_, text, outputs):
 def _lower(ctx, *arguments, text, outputs):
     module = ir.Module.parse(text)
     types = list(ir.FunctionType(ir.TypeAttr(_main(module).attributes["function_type"]).value).results)
-    name = mlir.merge_mlir_modules(ctx.module_context.module, "embax_program", module)
+    # The table of the names that are taken: without it a function of both would be defined twice.
+    names = ctx.module_context.symbol_table
+    name = mlir.merge_mlir_modules(ctx.module_context.module, "embax_program", module, dst_symtab=names)
     return func.CallOp(types, ir.FlatSymbolRefAttr.get(name), list(arguments)).results
 
 

@@ -19,12 +19,13 @@ import jax
 import numpy as np
 
 from embax.id_batch import StackIds, bucket
-from embax.id_forms import RaggedIds
+from embax.id_forms import CooIds, RaggedIds, is_flat
 from embax.kernels import host
 from embax.preprocess import preprocess
 from embax.sparsecore.lib.nn.table_stacking import feature_leaves
 from embax.sparsecore.statistics import SparseDenseMatmulInputStats, Statistics
 from embax.sparsecore.translation import MOST_ROWS, Stack, check_cores, input_plan, stacks_of
+from embax.sparsecore.utils import utils
 from embax.specs import FeatureSpec
 
 LIMITS = ("ignore", "warn", "error")
@@ -87,6 +88,12 @@ class Cores(NamedTuple):
     global_devices: int
     per_device: int
 
+    @classmethod
+    def of(cls, local_device_count: Any, global_device_count: Any, num_sc_per_device: Any) -> "Cores":
+        """Returns the SparseCores that a caller speaks of; ValueError unless there are some."""
+        local = utils.counted("local_device_count", local_device_count)
+        return cls(local, utils.counted("global_device_count", global_device_count), utils.checked(num_sc_per_device))
+
     @property
     def all(self) -> int:
         """SparseCores of all devices."""
@@ -112,15 +119,16 @@ def preprocessed(
     stacks, plan = stacks_of(feature_specs), input_plan(features)
     check_cores(stacks, cores.all)
     parts = _parts(features, leaves, cores)
+    if weights is not None:
+        weights = [_beside(*given) for given in zip(features, leaves, weights, strict=True)]
     read = []
     for part in parts:
         own = None if weights is None else [_cut(leaf, *where) for leaf, where in zip(weights, part, strict=True)]
         ids = [_cut(leaf, *where) for leaf, where in zip(leaves, part, strict=True)]
         try:
             read.append(preprocess(plan, ids, own))
-        except ValueError:
-            preprocess(plan, leaves, weights)  # says which sample of the whole batch it is
-            raise
+        except (ValueError, TypeError) as error:
+            raise ValueError(_of_batch(plan, leaves, weights, error)) from None
     counts = np.empty((len(stacks), len(parts), 2, cores.all), np.int32)
     arrays = {
         name: _side_by_side(stack, [batch.stacks[name] for batch in read], cores, own)
@@ -144,7 +152,7 @@ def _parts(features: list[FeatureSpec], leaves: list[Any], cores: Cores) -> list
     count = cores.local_devices * cores.per_device
     sizes = []
     for feature, leaf in zip(features, leaves, strict=True):
-        samples = len(leaf.splits) - 1 if isinstance(leaf, RaggedIds) else len(leaf)
+        samples = _count(feature, leaf, "ids")
         if samples % count:
             raise ValueError(
                 f'feature "{feature.name}": {samples} samples cannot be shared by {cores.local_devices} local devices '
@@ -163,10 +171,50 @@ def _parts(features: list[FeatureSpec], leaves: list[Any], cores: Cores) -> list
 def _cut(leaf: Any, first: int, last: int) -> Any:
     if leaf is None:
         return None
+    count = len(leaf.splits) - 1 if isinstance(leaf, RaggedIds) else len(leaf)
+    if first == 0 and last == count:
+        return leaf
     if isinstance(leaf, RaggedIds):
         splits = np.asarray(leaf.splits)
-        return RaggedIds(leaf.values[splits[first] : splits[last]], splits[first : last + 1] - splits[first])
-    return leaf if first == 0 and last == len(leaf) else leaf[first:last]
+        return RaggedIds(_cut(leaf.values, splits[first], splits[last]), splits[first : last + 1] - splits[first])
+    return leaf[first:last]
+
+
+def _count(feature: FeatureSpec, leaf: Any, what: str) -> int:
+    """Returns how many samples a feature is given; ValueError for what has none."""
+    if isinstance(leaf, RaggedIds):
+        return len(leaf.splits) - 1
+    if isinstance(leaf, CooIds):
+        raise ValueError(
+            f'feature "{feature.name}": {what} are CooIds; give coordinates to '
+            "preprocess_sparse_dense_matmul_input_from_sparse_tensor"
+        )
+    known = isinstance(leaf, (list, tuple)) or (hasattr(leaf, "__len__") and hasattr(leaf, "__array__"))
+    if not known or not getattr(leaf, "shape", (1,)):
+        raise ValueError(
+            f'feature "{feature.name}": {what} are a {type(leaf).__name__}; give an array, or a list with the '
+            f"{what} of each sample"
+        )
+    return len(leaf)
+
+
+def _beside(feature: FeatureSpec, ids: Any, weights: Any) -> Any:
+    """Returns weights in a form that can be cut as their ids are."""
+    if weights is None:
+        return None
+    if isinstance(ids, RaggedIds) and not isinstance(ids.values, RaggedIds) and is_flat(weights):
+        return RaggedIds(weights, ids.splits)
+    _count(feature, weights, "weights")
+    return weights
+
+
+def _of_batch(plan: Any, leaves: list[Any], weights: list[Any] | None, error: Exception) -> str:
+    """Returns what is wrong with a batch, by the samples of the whole of it."""
+    try:
+        preprocess(plan, leaves, weights)
+    except (ValueError, TypeError) as whole:
+        error = whole
+    return str(error)
 
 
 def _side_by_side(stack: Stack, parts: list[StackIds], cores: Cores, counts: np.ndarray) -> list[np.ndarray]:
@@ -229,7 +277,10 @@ def from_coordinates(feature: FeatureSpec, indices: Any, values: Any, dense_shap
             f"{what}: indices {list(indices.shape)}, values {list(values.shape)} and dense_shape {list(shape.shape)} "
             "must be [n, 2], [n] and [2]"
         )
-    samples = indices[:, 0]
+    for name, array in (("indices", indices), ("dense_shape", shape)):
+        if array.size and not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{what}: {name} are {array.dtype}; they must be integers")
+    samples = indices[:, 0].astype(np.int64)
     if samples.size and (samples.min() < 0 or samples.max() >= shape[0]):
         wrong = int(np.argmax((samples < 0) | (samples >= shape[0])))
         raise ValueError(f"{what}: index {wrong} is of sample {samples[wrong]}, and dense_shape has {shape[0]} samples")

@@ -79,6 +79,12 @@ def stepped(
     here = _here(spec.replace(optimizer=optimizer), variable[0], device_count)
     ids, (rows, slots) = _ids(arrays, spec.stack_name), variable
     state = TableState(_flat(rows), _slots(stack, optimizer, slots))
+    if gradient.size != sum(ids.samples) * spec.stack_embedding_dim:
+        raise ValueError(
+            f'stack "{spec.stack_name}": gradients have shape {list(gradient.shape)}, and the inputs have '
+            f"{sum(ids.samples)} samples of {spec.stack_embedding_dim} on a device; give the gradients of their "
+            "activations"
+        )
     gradient = gradient.reshape(-1, spec.stack_embedding_dim)
     hyper = optimizer.modifiers(step), optimizer.hyperparameters(step)
     if gradient.shape[0]:
@@ -185,6 +191,12 @@ def stacked(gradients: Sequence[Any], stacks: Mapping[str, Stack], num_sc: int) 
         parts = []
         for number, feature in stack.features:
             own = jnp.asarray(gradients[number])
+            if not own.ndim or own.shape[-1] != feature.table_spec.embedding_dim or own.shape[0] % num_sc:
+                raise ValueError(
+                    f'feature "{feature.name}": its gradient has shape {list(own.shape)}; it must be that of the '
+                    f"activations: samples of {num_sc} SparseCores, and embedding_dim "
+                    f"{feature.table_spec.embedding_dim} at the end"
+                )
             own = own.reshape(num_sc, -1, feature.table_spec.embedding_dim)
             padding = stack.spec.stack_embedding_dim - own.shape[-1]
             parts.append(jnp.pad(own, ((0, 0), (0, 0), (0, padding))) if padding else own)

@@ -35,7 +35,7 @@ def compute_row_pointers_size_per_device(
     32
     """
     num_sc = utils.checked(num_sc_per_device)
-    return max(global_device_count * num_sc, MULTIPLE) * _parts(enable_minibatching) * num_sc
+    return max(utils.all_cores(global_device_count, num_sc), MULTIPLE) * _parts(enable_minibatching) * num_sc
 
 
 def compute_theoretical_max_coo_buffer_size(
@@ -57,7 +57,7 @@ def compute_theoretical_max_coo_buffer_size(
     """
     num_sc = utils.checked(num_sc_per_device)
     ids = round_up(max_ids_per_partition, MULTIPLE)
-    return ids * num_sc * global_device_count * num_sc * _parts(enable_minibatching)
+    return ids * num_sc * utils.all_cores(global_device_count, num_sc) * _parts(enable_minibatching)
 
 
 def compute_coo_buffer_size_per_device(
@@ -139,7 +139,7 @@ def eval_preprocess_sparse_dense_matmul_input_shape(
     >>> eval_preprocess_sparse_dense_matmul_input_shape(feature, 4, 4, num_sc_per_device=1).lhs_embedding_ids["a"]
     ShapeDtypeStruct(shape=(80,), dtype=int32)
     """
-    cores = Cores(local_device_count, global_device_count, utils.checked(num_sc_per_device))
+    cores = Cores.of(local_device_count, global_device_count, num_sc_per_device)
     specs, stacks = feature_leaves(feature_specs), stacks_of(feature_specs)
     room = compute_coo_buffer_size_per_device(feature_specs, global_device_count, cores.per_device, enable_minibatching)
     ids: list[Any] = [np.zeros(_shape(spec, cores), np.int32) if _is_rectangle(spec) else None for spec in specs]

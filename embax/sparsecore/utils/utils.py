@@ -1,5 +1,6 @@
 """SparseCores of a device, as many as one says, for here they are a way to lay rows out; a single table laid out so."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -36,9 +37,19 @@ def checked(num_sc_per_device: Any) -> int:
     """
     if num_sc_per_device is None:
         return num_sparsecores_per_device()
-    if isinstance(num_sc_per_device, bool) or not isinstance(num_sc_per_device, int) or num_sc_per_device < 1:
-        raise ValueError(f"num_sc_per_device={num_sc_per_device!r} must be an integer of at least 1")
-    return num_sc_per_device
+    return counted("num_sc_per_device", num_sc_per_device)
+
+
+def counted(name: str, value: Any) -> int:
+    """Returns a number of devices or SparseCores; ValueError unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    return int(value)
+
+
+def all_cores(global_device_count: Any, num_sc_per_device: Any) -> int:
+    """Returns the SparseCores of all devices; ValueError unless both are integers of at least 1."""
+    return counted("global_device_count", global_device_count) * checked(num_sc_per_device)
 
 
 def check_strategy(strategy: Any) -> None:
@@ -65,7 +76,7 @@ def shard_emb_table(table: Any, *, num_devices: int, num_sc_per_device: int, sha
     """
     check_strategy(sharding_strategy)
     table = _array(table)
-    layout = _alone(table.shape, 2, num_devices * checked(num_sc_per_device))
+    layout = _alone(table.shape, 2, counted("num_devices", num_devices) * checked(num_sc_per_device))
     return layout.lay([table]).reshape(num_devices, -1, table.shape[-1])
 
 

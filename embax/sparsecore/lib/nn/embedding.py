@@ -152,7 +152,7 @@ def preprocess_sparse_dense_matmul_input(
     utils.check_strategy(sharding_strategy)
     if limits not in LIMITS:
         raise ValueError(f"limits={limits!r} must be one of {', '.join(LIMITS)}")
-    cores = Cores(local_device_count, global_device_count, utils.checked(num_sc_per_device))
+    cores = Cores.of(local_device_count, global_device_count, num_sc_per_device)
     leaves = leaves_beside(features, feature_specs, "features")
     weights = None if features_weights is None else leaves_beside(features_weights, feature_specs, "features_weights")
     options = {
@@ -230,7 +230,7 @@ def tpu_sparse_dense_matmul(
     utils.check_strategy(sharding_strategy)
     stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
     check_stacks(stacks, arrays, embedding_variables)
-    check_cores(stacks, global_device_count * utils.checked(num_sc_per_device))
+    check_cores(stacks, utils.all_cores(global_device_count, num_sc_per_device))
     activations = {
         name: looked_up(stack, name, arrays, embedding_variables[name], global_device_count)
         for name, stack in stacks.items()

@@ -26,6 +26,7 @@ from embax.sparsecore.layout_messages import get_row_ids_in_stacked_table as get
 from embax.sparsecore.layout_messages import get_row_ids_in_stacked_tables as get_row_ids_in_stacked_tables
 from embax.sparsecore.layout_messages import stack_and_shard_feature_tables as stack_and_shard_feature_tables
 from embax.sparsecore.layout_messages import unstack_and_unshard_stacked_tables as unstack_and_unshard_stacked_tables
+from embax.sparsecore.utils.utils import all_cores
 from embax.specs import FeatureIdTransformation, FeatureSpec, StackedTableSpec, TableSettingInStack, TableSpec
 from embax.stacking import stack_name as short_name
 
@@ -67,7 +68,7 @@ def auto_stack_tables(
       use_short_stack_names: whether names of more than 50 characters are cut, and end in a hash.
       activation_mem_bytes_limit: of the activations of a stack on a SparseCore.
     """
-    leaves, num_sc = feature_leaves(features), global_device_count * num_sc_per_device
+    leaves, num_sc = feature_leaves(features), all_cores(global_device_count, num_sc_per_device)
     tables = {feature.table_spec.name: feature.table_spec for feature in leaves}
     dims, _ = round_up_dim_and_vocab_size(tables, num_sc)
     room = {
@@ -120,7 +121,7 @@ def stack_tables(
     name = stack_name or short_name(table_names)
     leaves = feature_leaves(features)
     tables = _checked(name, table_names, leaves)
-    num_sc = global_device_count * num_sc_per_device
+    num_sc = all_cores(global_device_count, num_sc_per_device)
     dims, rows = round_up_dim_and_vocab_size(tables, num_sc)
     dim = max(dims.values())
     if len(set(dims.values())) > 1:
@@ -179,15 +180,19 @@ def compute_table_to_setting_in_stack(
     rotation: int | None = None,
 ) -> dict[str, TableSettingInStack]:
     """Returns where each table lies in a stack of ``tables``, in their order."""
-    num_sc = global_device_count * num_sc_per_device
+    num_sc = all_cores(global_device_count, num_sc_per_device)
     dims, rows = round_up_dim_and_vocab_size(tables, num_sc)
     turn = num_sc_per_device if rotation is None else rotation
     return _settings(stack_name, list(tables), max(dims.values()), rows, num_sc, turn)
 
 
 def feature_leaves(features: Any) -> list[FeatureSpec]:
-    """Returns the FeatureSpecs of a pytree."""
-    return jax.tree.leaves(features, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+    """Returns the FeatureSpecs of a pytree; TypeError for anything else in it."""
+    leaves = jax.tree.leaves(features, is_leaf=lambda leaf: isinstance(leaf, FeatureSpec))
+    for leaf in leaves:
+        if not isinstance(leaf, FeatureSpec):
+            raise TypeError(f"features hold {leaf!r}, a {type(leaf).__name__}; every leaf must be a FeatureSpec")
+    return leaves
 
 
 def _samples(feature: FeatureSpec) -> int:

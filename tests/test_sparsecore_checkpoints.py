@@ -455,6 +455,11 @@ def test_conversion_to_given_stacks(home, saved, tmp_path):
     target.restore_same(tmp_path / "out")
     target.check()
     _same(target.dense(), home(2, 1, "auto").dense())
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with checkpoint_utils.create_checkpoint_manager(cp_path=tmp_path / "out", cp_options=options) as manager:
+        tables = manager.item_metadata(1)["model"].tree["embed"]["embedding_table"]["value"]
+    # As Orbax writes them: slots without names as a list, and none at all where there are none.
+    assert [leaf.shape for leaf in tables["i"]["slot"]] == [(64, 8)] * 2 and tables["e"]["slot"] is None
     checkpoint_utils.convert_cross_topology_checkpoint(input_checkpoint_path=None, output_checkpoint_path=tmp_path)
     other = home(2, 1, "none", features=_features(names=("a", "b")))
     with pytest.raises(ValueError, match='(?s)does not fit:.*table "c": it is in the checkpoint, and no feature looks'):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from embax.optimizers.base import Optimizer
-from embax.optimizers.sgd import SGD
+from embax.optimizers.sgd import SGD, SGDSlotVariables
 from embax.sparsecore.lib.nn.table_stacking import ACTIVATION_BYTES, auto_stack_tables, stack_tables
 from embax.sparsecore.proto_messages import message_class
 from embax.sparsecore.proto_specs import named_class, proto_of_features, proto_to_optimizer, table_protos
@@ -172,7 +172,7 @@ def _moved(step: Step, targets: Mapping[str, Target]) -> tuple[dict[Path, Any], 
         rows = targets[name].layouts[first[name]].stack_shape[0]
         made[(*full[:at], name, *full[at + 1 :])] = targets[name].piece(part, arrays, (0, rows))
         if part == "table" and not slots[first[name]]:
-            made[(*full[:at], name, "slot")] = ()
+            made[(*full[:at], name, "slot")] = SGDSlotVariables()
         if full[:-1] in old_lists:
             lists.add((*full[:at], name, *full[at + 1 : -1]))
     return made, lists

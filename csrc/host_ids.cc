@@ -92,6 +92,7 @@ int64_t unique_rows(const int32_t* rows, int64_t count, int32_t bound, int32_t* 
   return distinct;
 }
 
+constexpr int64_t kNoMemory = -2;
 constexpr int64_t kMostCounted = int64_t{1} << 30, kMostRows = (int64_t{1} << 31) - 1;
 
 // Whether so many parts of so many rows are rows that 32 bits number.
@@ -127,7 +128,7 @@ int64_t embax_host_partitions(const int32_t* rows, int64_t count, const int32_t*
   return 0;
 }
 
-// Returns 0, or -1: likewise, or offsets or features that do not fit; what was written then means nothing.
+// Returns 0; -1, with nothing written: numbers, offsets or features that do not fit; -2: no memory to count.
 int64_t embax_host_lay(const embax::host::Laid* work) {
   const bool fits = work->count >= 0 && work->count <= kMostCounted && work->samples >= 0 && work->feature_count >= 0 &&
                     shared(work->shard_rows, work->shards);
@@ -135,7 +136,7 @@ int64_t embax_host_lay(const embax::host::Laid* work) {
   try {
     return embax::host::lay(*work) ? 0 : kRefused;
   } catch (const std::bad_alloc&) {
-    return kRefused;
+    return kNoMemory;
   }
 }
 

@@ -63,26 +63,33 @@ inline void lay_rows(const int32_t* ids, int64_t count, const Feature& feature, 
   }
 }
 
-// Returns whether the features have all samples, and offsets rise within the ids; if not, what was written means nothing.
+// Whether the features have all samples, and offsets rise from 0 to the number of ids.
+inline bool fits(const Laid& work) {
+  int64_t samples = 0;
+  for (int64_t number = 0; number < work.feature_count; ++number) {
+    const Feature& feature = work.features[number];
+    if (feature.samples < 0 || feature.samples > work.samples - samples) return false;
+    if (feature.rotation < 0 || feature.rotation >= work.shards) return false;
+    samples += feature.samples;
+  }
+  bool rising = work.offsets[0] == 0 && work.offsets[work.samples] == work.count;
+  for (int64_t i = 0; i < work.samples; ++i) rising &= work.offsets[i] <= work.offsets[i + 1];
+  return rising && samples == work.samples;
+}
+
+// Returns whether the work fits; if not, nothing is written. `rows` may be `ids`, and `ends` may be `offsets` + 1.
 inline bool lay(const Laid& work) {
+  if (!fits(work)) return false;
   int64_t sample = 0;
   for (int64_t number = 0; number < work.feature_count; ++number) {
     const Feature& feature = work.features[number];
-    const bool fits = feature.samples >= 0 && feature.samples <= work.samples - sample && feature.rotation >= 0 &&
-                      feature.rotation < work.shards;
-    if (!fits) return false;
     const int64_t begin = work.offsets[sample], end = work.offsets[sample + feature.samples];
-    if (begin < 0 || end < begin || end > work.count) return false;
     lay_rows(work.ids + begin, end - begin, feature, work, work.rows + begin);
     sample += feature.samples;
   }
-  if (sample != work.samples || work.offsets[0] != 0 || work.offsets[work.samples] != work.count) return false;
-  for (int64_t i = 0; i < work.samples; ++i) {
-    if (work.offsets[i + 1] < work.offsets[i]) return false;
-    work.ends[i] = static_cast<int32_t>(work.first + work.offsets[i + 1]);
-  }
   count_partitions(work.rows, work.count, work.offsets, work.samples,
                    {work.shard_rows, work.shards, work.ids_of, work.distinct_of});
+  for (int64_t i = 0; i < work.samples; ++i) work.ends[i] = static_cast<int32_t>(work.first + work.offsets[i + 1]);
   return true;
 }
 

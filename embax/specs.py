@@ -93,6 +93,8 @@ class StackedTableSpec:
     activation_mem_bytes_limit: int = 2048 * 1024
     suggested_coo_buffer_size_per_device: int | None = None
     quantization_config: QuantizationConfig | None = None
+    # Devices, and SparseCores of each: rows and samples stand as these have them. None where nobody has said.
+    made_for: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
     def replace(self, **changes: Any) -> "StackedTableSpec":
         """Returns the stack with some fields changed."""
@@ -174,13 +176,15 @@ class TableSpec:
     @property
     def setting_in_stack(self) -> TableSettingInStack:
         """Where the table lies in its SparseCore stack; AssertionError while it is not stacked."""
-        assert self._setting_in_stack is not None, f'table "{self.name}" is not stacked'
+        if self._setting_in_stack is None:
+            raise AssertionError(f'table "{self.name}" is not stacked')
         return self._setting_in_stack
 
     @property
     def stacked_table_spec(self) -> Any:
         """The SparseCore stack of the table; AssertionError while it is not stacked."""
-        assert self._stacked_table_spec is not None, f'table "{self.name}" is not stacked'
+        if self._stacked_table_spec is None:
+            raise AssertionError(f'table "{self.name}" is not stacked')
         return self._stacked_table_spec
 
     def is_stacked(self) -> bool:

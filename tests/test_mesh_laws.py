@@ -19,7 +19,7 @@ import embax
 from embax import kernels
 
 # Every example compiles programs of its own.
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "6"))
 _seen = itertools.count(1)
 PLACEMENTS = ("row", "table", "column", "replicated")
 # Those of the battery whose slot variables have the oracle's names; each is made once, so that programs are shared.

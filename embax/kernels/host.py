@@ -215,7 +215,7 @@ def lay(ids: np.ndarray, offsets: np.ndarray, features: np.ndarray, shard_rows: 
       features: int64 ``[features, 3]``: samples, rotation and row_offset of each.
       shard_rows: rows of a shard.
       absent: ids of at least this are absent, and become one past the end of the array.
-      out: contiguous arrays.
+      out: contiguous arrays; ``rows`` may be ``ids``, and ``ends`` ``offsets[1:]`` with ``first`` 0.
     """
     call = _functions()
     if call is None:
@@ -237,7 +237,10 @@ def lay(ids: np.ndarray, offsets: np.ndarray, features: np.ndarray, shard_rows: 
         _address(out.ids_of),
         _address(out.distinct_of),
     )
-    return call.lay(work) >= 0
+    done = call.lay(work)
+    if done == -2:  # rows are written, maybe over the ids: there is no second way from here
+        raise MemoryError(f"preprocessing: there is no memory to count {ids.size} rows")
+    return done >= 0
 
 
 # ---- native ------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from embax.id_batch import StackIds, bucket
 from embax.id_forms import CooIds, RaggedIds, is_flat
 from embax.kernels import host
 from embax.preprocess import preprocess
+from embax.sparsecore.layout import MOST_ROWS
 from embax.sparsecore.lib.nn.table_stacking import feature_leaves
 from embax.sparsecore.statistics import SparseDenseMatmulInputStats, Statistics
-from embax.sparsecore.translation import MOST_ROWS, Stack, check_cores, input_plan, stacks_of
+from embax.sparsecore.translation import Stack, check_cores, input_plan, stacks_of
 from embax.sparsecore.utils import utils
 from embax.specs import FeatureSpec
 
@@ -41,7 +42,7 @@ class SparseDenseMatmulInput(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreprocessedInput:
     """A batch, ready for ``tpu_sparse_dense_matmul`` and its gradient. A pytree, changed by ``replace``.
 
@@ -117,7 +118,7 @@ def preprocessed(
     """
     features = feature_leaves(feature_specs)
     stacks, plan = stacks_of(feature_specs), input_plan(features)
-    check_cores(stacks, cores.all)
+    check_cores(stacks, cores.global_devices, cores.per_device)
     parts = _parts(features, leaves, cores)
     if weights is not None:
         weights = [_beside(*given) for given in zip(features, leaves, weights, strict=True)]

@@ -1,12 +1,15 @@
 """What both SparseCore layers do: look up over a mesh, and give the updated variables where a gradient would stand."""
 
 import functools
+import math
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from embax.sparsecore.lib.nn import embedding
+from embax.sparsecore.translation import over_axes
 
 
 class Door:
@@ -25,8 +28,12 @@ class Door:
     @property
     def shards(self) -> int:
         """Devices along the axis."""
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        return functools.reduce(lambda total, axis: total * self.mesh.shape[axis], axes, 1)
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes, in the order in which they number the devices."""
+        return tuple(self.axis) if isinstance(self.axis, (tuple, list)) else (self.axis,)
 
     def shared(self) -> dict[str, Any]:
         """Returns what lookups and updates are told alike."""
@@ -39,7 +46,17 @@ class Door:
     def mapped(self, function: Any, inputs: int) -> Any:
         """Returns ``function`` of so many inputs over the mesh."""
         split = P(self.axis)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=(split,) * inputs, out_specs=split, check_vma=False)
+
+        def local(*args: Any) -> Any:
+            with over_axes(self.axes):
+                return function(*args)
+
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=(split,) * inputs, out_specs=split, check_vma=False)
+        if jax.sharding.AxisType.Explicit not in self.mesh.axis_types:
+            return mapped
+        # Along Explicit axes JAX takes only what is split already; a batch of the host, for one, is not.
+        where = NamedSharding(self.mesh, split)
+        return lambda *args: mapped(*jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, where), args))
 
     def lookup(self, inputs: Any, variables: Any) -> Any:
         """Returns the activations."""

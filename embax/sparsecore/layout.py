@@ -7,6 +7,7 @@ Arrays of NumPy stay there. Those of JAX keep their sharding; where its devices 
 table is on every one of them.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,10 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from embax.specs import TableSpec
+from embax.specs import StackedTableSpec, TableSpec
 
 MULTIPLE = 8  # rows of a SparseCore, and columns, are padded to multiples of it
+MOST_ROWS = 2**31 - 2  # no id is there: a batch has it where an id is absent
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -100,7 +102,9 @@ class StackLayout(NamedTuple):
             rows = self.rows_of(member, np.arange(member.rows))
             return stack.reshape(-1, stack.shape[-1])[rows, : member.dim]
         sharding = _like(stack, (member.rows, min(member.dim, stack.shape[-1])))
-        return _placed(_take(_auto(stack), self, member, _auto(sharding)), sharding)
+        with _over(sharding):
+            found = _take(_auto(stack), self, member, _auto(sharding))
+        return _placed(found, sharding)
 
     def lay(self, parts: Sequence[Any], pad_value: float = 0.0) -> Any:
         """Returns the stack's array, of its tables' in their order."""
@@ -117,7 +121,9 @@ class StackLayout(NamedTuple):
         shardings = [sharding for part in parts if (sharding := _like(part, shape)) is not None]
         split = [sharding for sharding in shardings if not sharding.is_fully_replicated]
         sharding = next(iter(split or shardings), None)
-        return _placed(_lay(tuple(map(_auto, parts)), self, shape, pad_value, _auto(sharding)), sharding)
+        with _over(sharding):
+            whole = _lay(tuple(map(_auto, parts)), self, shape, pad_value, _auto(sharding))
+        return _placed(whole, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "member", "sharding"))
@@ -158,8 +164,41 @@ def _auto(value: Any) -> Any:
     return jax.device_put(value, _auto(sharding)) if isinstance(sharding, NamedSharding) else value
 
 
+def _over(sharding: Any) -> Any:
+    """Returns the context of the mesh that ``_auto`` makes: that of the caller may have Explicit axes."""
+    return contextlib.nullcontext() if sharding is None else jax.set_mesh(_auto(sharding).mesh)
+
+
 def _placed(array: Any, sharding: Any) -> Any:
     return array if sharding is None else jax.device_put(array, sharding)
+
+
+def check_rows(stack: str, rows: int) -> None:
+    """Raises ValueError for a stack of more rows than 32 bits number, one more being for absent ids."""
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f'stack "{stack}": {rows} rows with padding, and at most {MOST_ROWS} are possible; put fewer tables into '
+            "it, or make a table smaller"
+        )
+
+
+def check_made_for(stack: StackedTableSpec, devices: int | None, num_sc: int) -> None:
+    """Raises ValueError where a stack is known to be made for others: rows would lie where nobody looks.
+
+    Args:
+      stack: of the features.
+      devices: of all processes; None where only the product is known.
+      num_sc: SparseCores of each device; of all where ``devices`` is None.
+    """
+    if stack.made_for is None:
+        return
+    if (stack.made_for != (devices, num_sc)) if devices is not None else (math.prod(stack.made_for) != num_sc):
+        given = f"{num_sc}" if devices is None else f"{devices} devices with {num_sc}"
+        raise ValueError(
+            f'stack "{stack.stack_name}" was made for {stack.made_for[0]} devices with {stack.made_for[1]} SparseCores '
+            f"each, and this call is for {given} SparseCores; pass the global_device_count and num_sc_per_device of "
+            "prepare_feature_specs_for_training everywhere (by default a device has 1 off TPU)"
+        )
 
 
 def of_tables(tables: Sequence[TableSpec], num_sc: int) -> StackLayout:
@@ -179,6 +218,7 @@ def of_tables(tables: Sequence[TableSpec], num_sc: int) -> StackLayout:
                 "pass as many shards as it was stacked for: SparseCores of all devices"
             )
     stacked = tables[0].stacked_table_spec
+    check_made_for(stacked, None, num_sc)
     members = tuple(
         Member(
             table.name,

@@ -1,6 +1,7 @@
 """The lookup of a stack and its mirror, as a device inside of a shard_map sees them: the exchanges of the core."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -100,17 +101,43 @@ def stepped(
     return EmbeddingVariables(state.table.reshape(rows.shape), again)
 
 
+def limits_by_stack(limits: Any, stacks: Mapping[str, Any]) -> dict[str, tuple | None]:
+    """Returns the limits of each stack, low and high, or None for none.
+
+    Args:
+      limits: a pair for all, or by the name of the stack; None for none.
+      stacks: by name.
+
+    Raises:
+      ValueError: something else than two numbers of which the first is not above the second; a name that no stack has.
+    """
+    given = limits if isinstance(limits, Mapping) else dict.fromkeys(stacks, limits)
+    for name, pair in given.items():
+        what = f"embedding_var_limits: {pair!r} of stack {name!r}"
+        if name not in stacks:
+            raise ValueError(f"{what}: the features have stacks {sorted(stacks)}; name these")
+        if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2):
+            raise ValueError(f"{what} must be (low, high), of numbers; either may be None")
+        if pair is not None and None not in pair and not pair[0] <= pair[1]:
+            raise ValueError(f"{what} has its low end above its high end; exchange them")
+    ends = {name: pair for name, pair in given.items() if pair is not None}
+    return {name: tuple(x if x is None else float(x) for x in ends[name]) if name in ends else None for name in stacks}
+
+
 def limited(optimizer: Optimizer, low: float | None, high: float | None) -> Optimizer:
     """Returns an optimizer that clips a row to ``[low, high]`` after its step."""
-    kind = type(optimizer)
+    made = _limited_class(type(optimizer), low, high)
+    return made(**{field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer) if field.init})
 
+
+@functools.lru_cache(maxsize=256)
+def _limited_class(kind: type[Optimizer], low: float | None, high: float | None) -> type[Optimizer]:
     def step_rows(self: Any, rows: Any, gradients: Any, slots: Any, hyper: Any) -> Any:
         rows, slots = kind.step_rows(self, rows, gradients, slots, hyper)
         return jnp.clip(rows, low, high), slots
 
     # Another formula: what the core has a kernel for, it steps by the formula then.
-    made = type(f"Limited{kind.__name__}", (kind,), {"step_rows": step_rows})
-    return made(**{field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer) if field.init})
+    return type(f"Limited{kind.__name__}", (kind,), {"step_rows": step_rows})
 
 
 def _here(spec: StackedTableSpec, table: Any, device_count: int) -> Here:

@@ -117,7 +117,7 @@ def proto_of_features(feature_specs: Any, global_device_count: int | None, num_s
     devices = jax.device_count() if global_device_count is None else global_device_count
     num_sc = devices * utils.checked(num_sc_per_device)
     stacks = stacks_of(feature_specs)
-    check_cores(stacks, num_sc)
+    check_cores(stacks, None, num_sc)
     made = message_class("EmbeddingSpecProto")()
     for stack in stacks.values():
         proto = _stack_proto(made.stacked_table_specs.add(), stack.spec, num_sc)

@@ -63,7 +63,7 @@ def places_of(layers: list[SparseCoreEmbed], feature_specs: Any, num_sc: int) ->
       ValueError: features that are not those of the model, or other SparseCores than they were stacked for.
     """
     stacks = stacks_of(feature_specs)
-    check_cores(stacks, num_sc)
+    check_cores(stacks, None, num_sc)
     targets = layouts_of_stacks(stacks, num_sc)
     held = {name: variables for layer in layers for name, variables in layer.embedding_table.get_value().items()}
     if set(held) != set(targets):

@@ -4,11 +4,13 @@ A stack of the SparseCore layout is a stack of the core whose rows are numbered 
 holding a range of them: the core's placement "table". Everything else is the core's.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +19,9 @@ from jax.sharding import AbstractMesh
 
 from embax.placement import Devices
 from embax.planning import Plan, StackPlan, TablePlan, plan
+from embax.sparsecore.layout import MOST_ROWS, check_made_for
 from embax.sparsecore.lib.nn.table_stacking import compute_physical_row_ids, feature_leaves
 from embax.specs import FeatureSpec, StackedTableSpec
-
-MOST_ROWS = 2**31 - 2  # no id is there: a batch has it where an id is absent
 
 
 class Stack(NamedTuple):
@@ -71,8 +72,17 @@ def stacks_of(feature_specs: Any) -> dict[str, Stack]:
     }
 
 
-def check_cores(stacks: Mapping[str, Stack], num_sc: int) -> None:
-    """Raises ValueError unless stacks were made for so many SparseCores; else rows lie where nobody looks."""
+def check_cores(stacks: Mapping[str, Stack], devices: int | None, num_sc: int) -> None:
+    """Raises ValueError unless stacks were made for these SparseCores; else rows lie where nobody looks.
+
+    Args:
+      stacks: by name.
+      devices: of all processes; None where only the product is known.
+      num_sc: SparseCores of each device; of all where ``devices`` is None.
+    """
+    for stack in stacks.values():
+        check_made_for(stack.spec, devices, num_sc)
+    num_sc *= devices or 1
     for stack in stacks.values():
         settings = {f.table_spec.name: f.table_spec.setting_in_stack for _, f in stack.features}
         rows = stack.spec.stack_vocab_size
@@ -152,6 +162,19 @@ def core_stack(spec: StackedTableSpec, dtype: str, devices: int) -> StackPlan:
     )
 
 
+_AXES: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("axes", default=None)
+
+
+@contextlib.contextmanager
+def over_axes(axes: tuple[str, ...]) -> Iterator[None]:
+    """Says along which axes of a mesh tables are split, and in which order: inside of a shard_map nobody could tell."""
+    token = _AXES.set(axes)
+    try:
+        yield
+    finally:
+        _AXES.reset(token)
+
+
 def devices_here(global_device_count: int) -> Devices | None:
     """Returns the devices of the shard_map or pmap that the caller is inside of; None for one device alone.
 
@@ -159,6 +182,9 @@ def devices_here(global_device_count: int) -> Devices | None:
       ValueError: there are not ``global_device_count`` of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    known = _AXES.get()
+    if known is not None and global_device_count > 1:
+        return Devices(AbstractMesh(tuple(mesh.shape[axis] for axis in known), known), exchange="gather")
     manual = tuple(axis for axis in mesh.axis_names if axis in mesh.manual_axes)
     # The batch may be split along some of the axes only; the number of devices says which.
     choices = [axes for size in range(len(manual), 0, -1) for axes in itertools.combinations(manual, size)]

@@ -4,13 +4,11 @@ What has to do with TPU hardware is accepted and has no effect on the numbers; n
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from embax.sparsecore.all_reduce import get_all_reduce_interface as get_all_reduce_interface
 from embax.sparsecore.inputs import LIMITS, Cores, from_coordinates, preprocessed
@@ -26,7 +24,7 @@ from embax.sparsecore.lib.nn.table_stacking import LimitsCallable as LimitsCalla
 from embax.sparsecore.lib.nn.table_stacking import get_default_limits as get_default_limits
 from embax.sparsecore.lib.nn.table_stacking import stack_tables as stack_tables
 from embax.sparsecore.matmul import EmbeddingVariables as EmbeddingVariables
-from embax.sparsecore.matmul import arrays_of, check_stacks, looked_up, stacked, stepped, unstacked
+from embax.sparsecore.matmul import arrays_of, check_stacks, limits_by_stack, looked_up, stacked, stepped, unstacked
 from embax.sparsecore.sizes import compute_coo_buffer_size_per_device as compute_coo_buffer_size_per_device
 from embax.sparsecore.sizes import compute_row_pointers_size_per_device as compute_row_pointers_size_per_device
 from embax.sparsecore.sizes import compute_theoretical_max_coo_buffer_size as compute_theoretical_max_coo_buffer_size
@@ -37,7 +35,7 @@ from embax.sparsecore.statistics import SparseDenseMatmulInputStats as SparseDen
 from embax.sparsecore.structure import is_feature, leaves_beside
 from embax.sparsecore.translation import check_cores, check_names, stacks_of
 from embax.sparsecore.utils import utils
-from embax.sparsecore.variables import initial_variables
+from embax.sparsecore.variables import all_variables, check_axes, check_order
 from embax.specs import StackedTableSpec, TableSpec
 
 
@@ -230,16 +228,15 @@ def tpu_sparse_dense_matmul(
     utils.check_strategy(sharding_strategy)
     stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
     check_stacks(stacks, arrays, embedding_variables)
-    check_cores(stacks, utils.all_cores(global_device_count, num_sc_per_device))
+    num_sc = utils.checked(num_sc_per_device)
+    check_cores(stacks, utils.counted("global_device_count", global_device_count), num_sc)
     activations = {
         name: looked_up(stack, name, arrays, embedding_variables[name], global_device_count)
         for name, stack in stacks.items()
     }
     if not perform_unstacking:
         return activations
-    return unstack_embedding_activations(
-        activations, feature_specs, global_device_count, utils.checked(num_sc_per_device)
-    )
+    return unstack_embedding_activations(activations, feature_specs, global_device_count, num_sc)
 
 
 def unstack_embedding_activations(
@@ -311,21 +308,24 @@ def tpu_sparse_dense_matmul_grad(
     utils.check_strategy(sharding_strategy)
     stacks, arrays = stacks_of(feature_specs), arrays_of(preprocessed_inputs)
     check_stacks(stacks, arrays, embedding_variables)
-    num_sc = utils.checked(num_sc_per_device)
+    num_sc, limits = utils.checked(num_sc_per_device), limits_by_stack(embedding_var_limits, stacks)
+    counts = {name: global_device_count or _devices(stack, embedding_variables[name]) for name, stack in stacks.items()}
+    for name, stack in stacks.items():
+        check_cores({name: stack}, counts[name], num_sc)
     gradients = activation_gradients
     if perform_stacking:
         gradients = stack_embedding_gradients(activation_gradients, feature_specs, num_sc)
     elif set(gradients) != set(stacks):
         raise ValueError(f"gradients are of stacks {sorted(gradients)}, and the features have {sorted(stacks)}")
-    new = {}
-    for name, stack in stacks.items():
-        variable = embedding_variables[name]
-        count = global_device_count
-        if count is None:
-            count = stack.spec.stack_vocab_size * stack.spec.stack_embedding_dim // variable[0].size
-        bounds = embedding_var_limits.get(name) if isinstance(embedding_var_limits, Mapping) else embedding_var_limits
-        new[name] = stepped(stack, arrays, variable, gradients[name], count, step, bounds)
-    return new
+    return {
+        name: stepped(stack, arrays, embedding_variables[name], gradients[name], counts[name], step, limits[name])
+        for name, stack in stacks.items()
+    }
+
+
+def _devices(stack: Any, variable: Any) -> int:
+    """Returns how many devices share a stack of which one has so many rows."""
+    return stack.spec.stack_vocab_size * stack.spec.stack_embedding_dim // variable[0].size
 
 
 def init_embedding_variables(
@@ -346,34 +346,12 @@ def init_embedding_variables(
       bypass_mesh_check: whether the mesh may have its devices in another order than ``jax.devices()``.
 
     Raises:
-      ValueError: another sharding, tables in no stack, or devices in another order.
+      ValueError: another sharding, tables in no stack or one of other SparseCores, devices or axes in another order.
     """
-    spec, mesh = global_sharding.spec, global_sharding.mesh
-    if len(spec) not in (2, 3) or spec[0] is None or any(axis is not None for axis in spec[1:]):
-        raise ValueError(f"init_embedding_variables: {spec} must be P(axis, None), or P(axis, None, None) for pmap")
-    axes = spec[0] if isinstance(spec[0], tuple) else (spec[0],)
-    count = int(np.prod([mesh.shape[axis] for axis in axes]))
-    if not bypass_mesh_check and list(mesh.devices.flat) != jax.devices()[: mesh.size]:
-        raise ValueError(
-            "init_embedding_variables: the mesh has its devices in another order than jax.devices(); make it of these, "
-            "or pass bypass_mesh_check=True"
-        )
-    tables = list(jax.tree.leaves(table_specs, is_leaf=lambda leaf: isinstance(leaf, TableSpec)))
-    for table in tables:
-        if not table.is_stacked():
-            raise ValueError(f'table "{table.name}" is in no stack yet; call prepare_feature_specs_for_training first')
-    num_sc = count * utils.checked(num_sparsecore_per_device)
-    sharding = jax.sharding.NamedSharding(mesh, P(axes, None))
-    made = {
-        name: initial_variables(rng, members, sharding, num_sc)
-        for name, members in table_stacking.get_table_stacks(tables).items()
-    }
-    if len(spec) == 2:
-        return made
-    lead = functools.partial(jax.jit, out_shardings=global_sharding)(
-        lambda tree: jax.tree.map(lambda part: part.reshape(count, -1, part.shape[-1]), tree)
-    )
-    return lead(made)
+    if not bypass_mesh_check:
+        check_order(global_sharding.mesh)
+    check_axes(global_sharding)
+    return all_variables(rng, table_specs, global_sharding, utils.checked(num_sparsecore_per_device))
 
 
 def update_preprocessing_parameters(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from embax.sparsecore.layout import MULTIPLE, round_up
+from embax.sparsecore.layout import MOST_ROWS, MULTIPLE, check_rows, round_up
 from embax.sparsecore.layout import compute_physical_row_ids as compute_physical_row_ids
 from embax.sparsecore.layout import get_table_stacks as get_table_stacks
 from embax.sparsecore.layout import round_up_dim_and_vocab_size as round_up_dim_and_vocab_size
@@ -70,7 +70,7 @@ def auto_stack_tables(
     """
     leaves, num_sc = feature_leaves(features), all_cores(global_device_count, num_sc_per_device)
     tables = {feature.table_spec.name: feature.table_spec for feature in leaves}
-    dims, _ = round_up_dim_and_vocab_size(tables, num_sc)
+    dims, rows = round_up_dim_and_vocab_size(tables, num_sc)
     room = {
         name: dims[name] * 4 * sum(_samples(f) // num_sc for f in leaves if f.table_spec.name == name)
         for name in tables
@@ -79,6 +79,7 @@ def auto_stack_tables(
     for name, table in tables.items():
         for group in groups:
             full = sum(room[member] for member in [*group, name]) > activation_mem_bytes_limit
+            full |= sum(rows[member] for member in [*group, name]) > MOST_ROWS
             if _kind(tables[group[0]]) == _kind(table) and not full:
                 group.append(name)
                 break
@@ -123,6 +124,7 @@ def stack_tables(
     tables = _checked(name, table_names, leaves)
     num_sc = all_cores(global_device_count, num_sc_per_device)
     dims, rows = round_up_dim_and_vocab_size(tables, num_sc)
+    check_rows(name, sum(rows.values()))
     dim = max(dims.values())
     if len(set(dims.values())) > 1:
         excess = sum((dim - dims[table]) * rows[table] for table in table_names)
@@ -154,6 +156,7 @@ def stack_tables(
         max_unique_ids_per_partition=unique,
         suggested_coo_buffer_size_per_device=first.suggested_coo_buffer_size_per_device if len(tables) == 1 else None,
         quantization_config=first.quantization_config,
+        made_for=(int(global_device_count), int(num_sc_per_device)),
     )
     write_stack(own, stacked, settings, num_sc)
 

@@ -11,11 +11,13 @@ from jax.sharding import PartitionSpec as P
 from embax.sparsecore.layers import Door, looked_up
 from embax.sparsecore.lib.nn import embedding
 from embax.sparsecore.utils import utils
+from embax.sparsecore.variables import all_variables
 from embax.specs import FeatureSpec
 
 EMBEDDING_PARAM_NAME = "sc_embedding_variables"
 EmbeddingLookupInput = embedding.PreprocessedInput
 
+MOST_DOORS = 64
 _DOORS: dict[Any, Door] = {}  # a layer is made anew at every apply; its door must be the same one
 
 
@@ -57,6 +59,8 @@ class SparseCoreEmbed(nn.Module):
         axis = tuple(self.sharding_axis) if isinstance(self.sharding_axis, list) else self.sharding_axis
         key = (tuple(map(id, leaves)), structure, self.mesh, axis)  # the door keeps the leaves, and so their ids
         if key not in _DOORS:
+            while len(_DOORS) >= MOST_DOORS:
+                del _DOORS[next(iter(_DOORS))]
             door = Door(specs, self.mesh, axis, self.num_sc_per_device)
             embedding.prepare_feature_specs_for_training(specs, door.shards, self.num_sc_per_device)
             _DOORS[key] = door
@@ -114,13 +118,14 @@ class SparseCoreEmbed(nn.Module):
         names = (door.axis, None)
 
         def fresh(rng: jax.Array) -> Any:
-            variables = embedding.init_embedding_variables(
+            variables = all_variables(
                 rng,
                 embedding.get_table_specs(door.feature_specs),
                 NamedSharding(self.mesh, P(*names)),
                 door.num_sc,
-                bypass_mesh_check=True,
             )
+            if jax.sharding.AxisType.Explicit in self.mesh.axis_types:
+                return variables  # a box would constrain what is split already, which JAX refuses there
             return nn.Partitioned(variables, names, mesh=self.mesh)
 
         return meta.unbox(self.param(EMBEDDING_PARAM_NAME, fresh))

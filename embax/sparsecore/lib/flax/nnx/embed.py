@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from embax.sparsecore.layers import Door, looked_up
 from embax.sparsecore.lib.nn import embedding
 from embax.sparsecore.utils import utils
+from embax.sparsecore.variables import all_variables
 
 
 class EmbeddingVariablesParam(nnx.Param):
@@ -55,12 +56,11 @@ class SparseCoreEmbed(nnx.Module):
         self.num_shards = self.door.shards
         self.embedding_table_partition, self.data_partition = P(sharding_axis, None), P(sharding_axis)
         embedding.prepare_feature_specs_for_training(feature_specs, self.num_shards, self.num_sc_per_device)
-        variables = embedding.init_embedding_variables(
+        variables = all_variables(
             rngs.params(),
             embedding.get_table_specs(feature_specs),
             NamedSharding(mesh, self.embedding_table_partition),
             self.num_sc_per_device,
-            bypass_mesh_check=True,
         )
         self.embedding_table = EmbeddingVariablesParam(
             variables, embedding_sharding=NamedSharding(mesh, self.embedding_table_partition)

@@ -27,6 +27,10 @@ settings.load_profile("embax")
 
 # Long sweeps beside which a shorter one of the same kind stays in `make test`.
 NIGHTLY = (
+    ("test_transforms.py", ("test_as_expected[linen-", "test_the_truth_is_no_trivial_one", "eager]")),
+    ("test_preprocess.py", ("[reference-",)),
+    ("test_click.py", ("test_the_network", "test_saved_tables")),
+    ("test_native.py", ("test_neither_threads",)),
     ("test_laws.py", ("test_capacity_does_not_matter[reference",)),
     ("test_transforms.py", ("-plain-eager]", "-prefetched-eager]", "-plain]")),
     (
@@ -162,7 +166,15 @@ ONCE = (
     ("test_laws.py", ("test_capacity", "[reference-")),
     ("test_joint_optimizer.py", ("test_every_k", "test_max_norm")),
     ("test_flax_training.py", ("test_two_hundred", "test_flax_models")),
-    ("test_quantized.py", ("test_lookup",)),
+    ("test_quantized.py", ("test_",)),
+    ("test_transforms.py", ("[nnx-",)),
+    ("test_flax_embed.py", ("float16", "[embax.linen", "candidates")),
+    ("test_preprocess.py", ("test_rectangles", "test_capacity", "test_batches", "under_vmap")),
+    ("test_lora_embed.py", ("test_dtypes", "test_it_starts")),
+    ("test_lookup_update.py", ("test_quantized", "[reference-")),
+    ("test_click.py", ("test_",)),
+    ("test_sparsecore_layout.py", ("test_",)),
+    ("test_sparsecore_surface.py", ("test_a_linen", "test_an_nnx", "test_what_is_for")),
     ("test_touched.py", ("test_mesh", "test_nnx", "[reference-", "bfloat16")),
     ("test_pieces.py", ("test_",)),
     ("test_mesh_quantized.py", ("test_",)),

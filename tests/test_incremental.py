@@ -22,7 +22,7 @@ import embax.nnx
 checkpoint = pytest.importorskip("embax.checkpoint")
 
 NORMAL = jax.nn.initializers.normal(0.37)
-EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("EMBAX_EXAMPLES", "2"))
 SIZES = {"a": 901, "b": 337, "c/d": 95}
 DIM = 8
 PLACEMENTS = ["row", "column", "table", "replicated"]

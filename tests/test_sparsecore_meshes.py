@@ -152,6 +152,25 @@ def test_other_sparsecores_are_refused_everywhere(given):
             table_stacking.unshard_and_unstack_tables(tables, variables, given[0] * given[1])
 
 
+def test_a_lookup_has_no_derivative_and_says_so():
+    features = _features()
+    embedding.prepare_feature_specs_for_training(features, 1, 1)
+    inputs, _ = embedding.preprocess_sparse_dense_matmul_input(_ids(features), None, features, 1, 1)
+    variables = {"t": embedding.EmbeddingVariables(jnp.ones((56, DIM)), ())}
+
+    def loss(variables, scale):
+        found = embedding.tpu_sparse_dense_matmul(inputs, variables, features, global_device_count=1)
+        return (scale * found[0]).sum()
+
+    for function in (loss, jax.jit(loss)):
+        with pytest.raises(TypeError, match='stack "t": tpu_sparse_dense_matmul has no derivative.*_matmul_grad'):
+            jax.grad(function)(variables, 2.0)
+        # What is beside it has one, and so has a loss that holds the tables still.
+        assert jax.grad(function, 1)(variables, 2.0) == BATCH * 3 * DIM
+        still = jax.grad(lambda v, s, f=function: f(jax.lax.stop_gradient(v), s))(variables, 2.0)
+        assert not still["t"].table.any()
+
+
 def test_rows_that_32_bits_do_not_number():
     (feature,) = _features(rows=2**31 - 10)
     with pytest.raises(ValueError, match='stack "t": 2147483648 rows with padding, and at most 2147483646 are'):

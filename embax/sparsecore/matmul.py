@@ -50,9 +50,23 @@ def looked_up(
     here, ids = _here(stack.spec, variable[0], device_count), _ids(arrays, name)
     if not sum(ids.samples):
         return jnp.zeros((0, here.stack.embedding_dim), here.stack.activation_dtype)
+    return _looked_up(here, _flat(variable[0]), ids)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _looked_up(here: Here, table: jax.Array, ids: StackIds) -> jax.Array:
     if here.devices is None:
-        return kernels.get(here.backend).gather_pool(local_stack(here.stack), _flat(variable[0]), ids)[0]
-    return exchange_of(here.stack).lookup(here, _flat(variable[0]), ids)
+        return kernels.get(here.backend).gather_pool(local_stack(here.stack), table, ids)[0]
+    return exchange_of(here.stack).lookup(here, table, ids)
+
+
+@_looked_up.defjvp
+def _(here: Here, _primals: Any, _tangents: Any) -> Any:
+    raise TypeError(
+        f'stack "{here.stack.name}": tpu_sparse_dense_matmul has no derivative, which would be as large as the tables; '
+        "differentiate the loss with respect to the activations, and pass that to tpu_sparse_dense_matmul_grad (the "
+        "SparseCoreEmbed layers do both)"
+    )
 
 
 def stepped(

@@ -197,7 +197,7 @@ def check_made_for(stack: StackedTableSpec, devices: int | None, num_sc: int) ->
         raise ValueError(
             f'stack "{stack.stack_name}" was made for {stack.made_for[0]} devices with {stack.made_for[1]} SparseCores '
             f"each, and this call is for {given} SparseCores; pass the global_device_count and num_sc_per_device of "
-            "prepare_feature_specs_for_training everywhere (by default a device has 1 off TPU)"
+            "prepare_feature_specs_for_training everywhere (by default a device has 1 off TPU), or make new specs"
         )
 
 

@@ -29,6 +29,18 @@ MOST_MAPS = 30_000  # of 65,530 that Linux grants a process
 
 # Long sweeps beside which a shorter one of the same kind stays in `make test`.
 NIGHTLY = (
+    ("test_battery.py", tuple(f"[reference-{name}-" for name in ("ftrl", "f2a", "laprop", "adagrad_momentum", "sgd"))),
+    ("test_incremental.py", ("[column-True]", "[table-False]", "[replicated-False]")),
+    ("test_docs.py", ("[flax.md]", "[specification.md]")),
+    ("test_route.py", ("test_a_batch_without_ids", "test_gains_have")),
+    ("test_mesh_mistakes.py", ("[uint8]", "test_weights_behind")),
+    ("test_sparsecore_meshes.py", ("[linen-shape0", "[linen-shape1", "[linen-shape2", "[nnx-shape3")),
+    ("test_joint_optimizer.py", ("ragged]", "[shapes]")),
+    ("test_lookup_update.py", ("test_stacks_do_not_change_results[reference", "test_activation_dtype[reference")),
+    ("test_checkpoint.py", ("test_other_devices[row-eight-two]",)),
+    ("test_mesh_embed.py", ("prefetched[block", "table[block")),
+    ("test_mesh_layers.py", ("test_weights_that",)),
+    ("test_sparsecore_layers.py", ("test_linen[4]",)),
     ("test_transforms.py", ("test_as_expected[linen-", "test_the_truth_is_no_trivial_one", "eager]")),
     ("test_preprocess.py", ("[reference-",)),
     ("test_click.py", ("test_the_network", "test_saved_tables")),

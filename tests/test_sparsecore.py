@@ -319,7 +319,13 @@ def test_one_device_without_a_mesh_and_stacked_activations():
     own = embedding.unstack_embedding_activations(whole, feature, 1, 2)
     rows = embax.init(embax.plan(_feature(dim=5)), jax.random.key(0))["t"].table
     np.testing.assert_allclose(own, [rows[3], 2 * rows[5]], rtol=1e-6)
+    of_four = _feature(dim=5, batch=8)
+    embedding.prepare_feature_specs_for_training(of_four, 4, 2)
     with pytest.raises(ValueError, match=r"global_device_count=4, and the call is outside of a shard_map: 1 device"):
+        embedding.tpu_sparse_dense_matmul(inputs, variables, of_four, global_device_count=4, num_sc_per_device=2)
+    with pytest.raises(
+        ValueError, match='"t" was made for 1 device of 2 SparseCores, and this call is for 4 devices of 2'
+    ):
         embedding.tpu_sparse_dense_matmul(inputs, variables, feature, global_device_count=4, num_sc_per_device=2)
     kept = embedding.tpu_sparse_dense_matmul_grad(
         jnp.ones((2, 5)), inputs, variables, feature, num_sc_per_device=2, step=0, embedding_var_limits=(-0.1, None)
@@ -476,7 +482,9 @@ def test_calls_that_are_refused():
         with pytest.raises(ValueError, match=r"must be P\(axis, None\), or P\(axis, None, None\) for pmap"):
             embedding.init_embedding_variables(jax.random.key(0), feature.table_spec, NamedSharding(mesh, spec), 1)
     turned = jax.sharding.Mesh(np.array(jax.devices()[1::-1]), ("x",))
-    with pytest.raises(ValueError, match="devices in another order than jax.devices"):
+    with pytest.raises(
+        ValueError, match=r"the mesh has other devices than the first of jax.devices\(\), or another order"
+    ):
         embedding.init_embedding_variables(
             jax.random.key(0), feature.table_spec, NamedSharding(turned, P("x", None)), 1
         )

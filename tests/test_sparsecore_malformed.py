@@ -359,13 +359,17 @@ def test_specifications_that_are_refused(make, error, text):
         ({"sharding_strategy": "DIV"}, "sharding_strategy='DIV' is not supported; it must be MOD"),
         ({"sharding_strategy": None}, "sharding_strategy=None is not supported; it must be MOD"),
         ({"limits": "raise"}, "limits='raise' must be one of ignore, warn, error"),
-        ({"cores": 3}, 'stack "t" was not made for 3 SparseCores; pass the global_device_count and num_sc_per_device'),
+        (
+            {"cores": 3},
+            'stack "t" was made for 1 device of 2 SparseCores, and this call is for 1 device of 3 SparseCores; pass '
+            "the global_device_count and num_sc_per_device of prepare_feature_specs_for_training everywhere",
+        ),
         ({"cores": 0}, "num_sc_per_device=0 must be an integer of at least 1"),
         ({"cores": 2.0}, "num_sc_per_device=2.0 must be an integer of at least 1"),
         ({"cores": True}, "num_sc_per_device=True must be an integer of at least 1"),
         ({"devices": 0}, "local_device_count=0 must be an integer of at least 1"),
         ({"devices": -1}, "local_device_count=-1 must be an integer of at least 1"),
-        ({"devices": 3}, 'stack "t" was not made for 6 SparseCores'),
+        ({"devices": 3}, "made for 1 device of 2 SparseCores, and this call is for 3 devices of 2 SparseCores"),
     ],
 )
 def test_options_that_are_refused(options, text):
@@ -459,7 +463,7 @@ def test_gradients_and_variables_that_do_not_fit():
             "gradients": good,
             "variables": {"t": jax.tree.map(lambda part: part[:8], variables["t"])},
         },
-        "global_device_count=2, and the call is outside of a shard_map: 1 device": {
+        'stack "t" was made for 1 device of 2 SparseCores, and this call is for 2 devices of 1 SparseCore;': {
             "gradients": good,
             "global_device_count": 2,
             "num_sc_per_device": 1,

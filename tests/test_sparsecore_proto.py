@@ -168,7 +168,9 @@ def test_features_for_other_devices_are_refused():
     with pytest.raises(ValueError, match='table "[abc]" is in no stack yet'):
         embedding.create_proto_from_feature_specs(features, 2, 2)
     embedding.prepare_feature_specs_for_training(features, 2, 2)
-    with pytest.raises(ValueError, match="was not made for 64 SparseCores; pass the global_device_count"):
+    with pytest.raises(
+        ValueError, match="was made for 2 devices of 2 SparseCores, and this call is for 64 SparseCores; pass"
+    ):
         embedding.create_proto_from_feature_specs(features, 16, 4)
     assert len(jax.devices()) != 4 or embedding.create_proto_from_feature_specs(features, None, 1)
 

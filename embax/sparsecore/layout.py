@@ -193,12 +193,17 @@ def check_made_for(stack: StackedTableSpec, devices: int | None, num_sc: int) ->
     if stack.made_for is None:
         return
     if (stack.made_for != (devices, num_sc)) if devices is not None else (math.prod(stack.made_for) != num_sc):
-        given = f"{num_sc}" if devices is None else f"{devices} devices with {num_sc}"
+        made, given = (_cores(*pair) for pair in (stack.made_for, (devices, num_sc)))
         raise ValueError(
-            f'stack "{stack.stack_name}" was made for {stack.made_for[0]} devices with {stack.made_for[1]} SparseCores '
-            f"each, and this call is for {given} SparseCores; pass the global_device_count and num_sc_per_device of "
-            "prepare_feature_specs_for_training everywhere (by default a device has 1 off TPU), or make new specs"
+            f'stack "{stack.stack_name}" was made for {made}, and this call is for {given}; pass the '
+            "global_device_count and num_sc_per_device of prepare_feature_specs_for_training everywhere (by default a "
+            "device has 1 off TPU), or make new specs"
         )
+
+
+def _cores(devices: int | None, num_sc: int) -> str:
+    of_device = f"{num_sc} SparseCore{'s' * (num_sc != 1)}"
+    return of_device if devices is None else f"{devices} device{'s' * (devices != 1)} of {of_device}"
 
 
 def of_tables(tables: Sequence[TableSpec], num_sc: int) -> StackLayout:

@@ -622,7 +622,7 @@ def test_layers(home, saved):
     with pytest.raises(ValueError, match=r"the model has stacks \['a', 'b'.* and the feature specs have \['a'\]"):
         target.restore(folder)
     target.features = home(4, 2).features
-        with pytest.raises(ValueError, match='stack "a" was made for 4 devices of 2 SparseCores, and this call is for 2 '):
+    with pytest.raises(ValueError, match='stack "a" was made for 4 devices of 2 SparseCores, and this call is for 2 '):
         target.restore(folder)
     with pytest.raises(
         ValueError, match="Dropout has no SparseCoreEmbed; such checkpoints are for models that have one"

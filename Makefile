@@ -16,7 +16,8 @@ train: .venv/train.stamp
 	.venv/bin/embax train completejourney
 
 test: lint
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	EMBAX_QUICK_COMPILE=1 .venv/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and not nightly and not optimized"
+	.venv/bin/python -m pytest $(PYTEST_ARGS) -m "optimized"
 ifneq ($(NEWEST),)
 	$(MAKE) .venv-newest/test.stamp
 	@.venv-newest/bin/python -c "import sys, jax; print('embax: again on Python', sys.version.split()[0], 'jax', jax.__version__)"

@@ -2,6 +2,11 @@
 
 import os
 
+# Most of the time of these tests goes into compiling. `make test` asks for programs that are not optimized, which takes
+# half as long, on the oldest jax; on the newest, at night and without the variable they are as users have them.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+if os.environ.get("EMBAX_QUICK_COMPILE"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -34,7 +39,7 @@ NIGHTLY = (
     ("test_docs.py", ("[flax.md]", "[specification.md]")),
     ("test_route.py", ("test_a_batch_without_ids", "test_gains_have")),
     ("test_mesh_mistakes.py", ("[uint8]", "test_weights_behind")),
-    ("test_sparsecore_meshes.py", ("[linen-shape0", "[linen-shape1", "[linen-shape2", "[nnx-shape3")),
+    ("test_sparsecore_meshes.py", ("[linen-", "[nnx-shape0", "[nnx-shape2", "[nnx-shape3")),
     ("test_joint_optimizer.py", ("ragged]", "[shapes]")),
     ("test_lookup_update.py", ("test_stacks_do_not_change_results[reference", "test_activation_dtype[reference")),
     ("test_checkpoint.py", ("test_other_devices[row-eight-two]",)),

@@ -10,7 +10,8 @@ import sys
 import time
 
 if __name__ == "__main__":  # before jax is imported
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    # Whatever else is set stays; of a flag that is there twice XLA takes the last.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -156,6 +156,7 @@ def test_training_lowers_the_loss(model):
     assert np.array_equal(layer.arrays()[0], arrays()[0])
 
 
+@pytest.mark.optimized
 def test_merged_is_the_adapted_table():
     frozen, a, b = arrays()
     layer = NNXLoRA(frozen, a, b, alpha=3.0).layer

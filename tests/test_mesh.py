@@ -401,6 +401,7 @@ def test_initial_values_in_blocks_of_their_true_size():
     _same(embax.to_arrays(plan, tables)["a"]["table"], wanted)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("mesh", ["apart", "explicit"])
 def test_init_inside_jit_is_the_same(mesh):
     features = feature(table_spec("a", 50, 8, initializer=NORMAL))

@@ -232,7 +232,7 @@ def test_stacks_for_other_cores_are_refused():
     embedding.auto_stack_tables(features, 1, 4)
     assert features[0].table_spec.stacked_table_spec.stack_name == "a_b"
     ids = list(_ids(0).values())
-    with pytest.raises(ValueError, match='stack "a_b" was made for 1 devices with 4 SparseCores each, and this'):
+    with pytest.raises(ValueError, match='stack "a_b" was made for 1 device of 4 SparseCores, and this'):
         embedding.preprocess_sparse_dense_matmul_input(ids, None, features, 1, 1, num_sc_per_device=1)
     embedding.preprocess_sparse_dense_matmul_input(ids, None, features, 1, 1, num_sc_per_device=4)
 

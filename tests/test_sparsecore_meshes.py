@@ -121,9 +121,10 @@ def test_other_sparsecores_are_refused_everywhere(given):
     embedding.prepare_feature_specs_for_training(features, 2, 2)
     tables, mesh = embedding.get_table_specs(features), _mesh(given[:1], ("x",))
     split, shared = P("x"), {"feature_specs": features, "global_device_count": given[0], "num_sc_per_device": given[1]}
+    plural = ["s" * (count != 1) for count in given]
     rule = (
-        'stack "t" was made for 2 devices with 2 SparseCores each, and this call is for '
-        f"{given[0]} devices with {given[1]} SparseCores"
+        'stack "t" was made for 2 devices of 2 SparseCores, and this call is for '
+        f"{given[0]} device{plural[0]} of {given[1]} SparseCore{plural[1]};"
     )
     with pytest.raises(ValueError, match=rule):
         sharding = NamedSharding(mesh, P("x", None))

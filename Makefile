@@ -10,7 +10,7 @@ SECONDS ?= 600
 # is built into embax/kernels/_native.
 INSTALLED := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cc csrc/*.map) $(shell find third_party -type f)
 
-.PHONY: train test lint native nightly bench bench-peers wheels wheel-check sanitize fuzz clean
+.PHONY: docs train test lint native nightly bench bench-peers wheels wheel-check sanitize fuzz clean
 
 train: .venv/train.stamp
 	.venv/bin/embax train completejourney
@@ -18,6 +18,7 @@ train: .venv/train.stamp
 test: lint
 	EMBAX_QUICK_COMPILE=1 .venv/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and not nightly and not optimized"
 	.venv/bin/python -m pytest $(PYTEST_ARGS) -m "optimized"
+	$(MAKE) docs
 ifneq ($(NEWEST),)
 	$(MAKE) .venv-newest/test.stamp
 	@.venv-newest/bin/python -c "import sys, jax; print('embax: again on Python', sys.version.split()[0], 'jax', jax.__version__)"
@@ -32,6 +33,10 @@ lint: .venv/test.stamp
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
 native: .venv/test.stamp
+
+# The site, in build/site; whatever does not resolve is an error. With --quiet it would not be one.
+docs: .venv/test.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 nightly: .venv/test.stamp
 	EMBAX_EXAMPLES=200 .venv/bin/python -m pytest $(PYTEST_ARGS) -m "not once"

@@ -42,6 +42,7 @@ FLOORS = (
     ("linen", 5),
     ("sparsecore", 5),
     ("checkpoint", 5),
+    ("data", 5),
     ("tasks", 6),
     ("cli", 6),
 )
@@ -84,7 +85,10 @@ def test_imports_go_down():
     assert seen > 40
 
 
-BROUGHT = {"nnx": {"flax"}, "linen": {"flax"}, "sparsecore": {"flax"}, "checkpoint": {"orbax", "tensorstore", "flax"}}
+BROUGHT = {
+    **{"nnx": {"flax"}, "linen": {"flax"}, "sparsecore": {"flax"}, "checkpoint": {"orbax", "tensorstore", "flax"}},
+    "data": {"grain", "pyarrow"},
+}
 
 
 def test_core_needs_only_jax_and_numpy():

@@ -9,14 +9,18 @@ def main() -> None:
         import typer
     except ModuleNotFoundError:
         sys.exit(_said("the command line needs the package typer; pip install 'embax[train]'"))
+    from embax.cli.bench import bench
     from embax.cli.errors import CommandError
+    from embax.cli.export import export
+    from embax.cli.inspect import inspect
     from embax.cli.plan import plan
+    from embax.cli.predict import predict
     from embax.cli.train import train
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.callback()(_no_verb)
-    app.command()(plan)
-    app.command()(train)
+    for verb in (train, inspect, export, predict, bench, plan):
+        app.command()(verb)
     usage_error = typer.BadParameter.__base__
     try:
         sys.exit(app(prog_name="embax", args=sys.argv[1:] or ["--help"], standalone_mode=False))
@@ -24,7 +28,8 @@ def main() -> None:
         sys.exit(_said(error.format_message()))  # type: ignore[attr-defined]
     except CommandError as error:
         sys.exit(_said(str(error)))
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        print("embax: interrupted; what was saved before is as it was", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,47 +1,22 @@
-"""The training loop: embax for the tables, optax for the dense part, one jitted step for both.
+"""A task made ready to train: embax for the tables, optax for the dense part, one jitted step for both."""
 
-The host prepares the ids of the next batch while the device works on this one: dispatch is asynchronous, and
-nothing in the loop waits for a result but the progress bar, now and then.
-"""
-
+import abc
 import dataclasses
 import functools
-import sys
-import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.metrics import log_loss, roc_auc_score
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import embax
-from embax.tasks.click import Model
-from embax.tasks.completejourney import Transactions
 
-EVALUATION_BATCH = 16_384
-REPORT_EVERY = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained.
-
-    Attributes:
-      epochs: passes over the training rows.
-      batch_size: samples of a step.
-      dense_rate: Adam's rate for the dense parameters.
-      label_smoothing: see ``Model.loss``.
-      falling: whether all rates fall linearly to 0 or stay as they are.
-    """
-
-    epochs: int = 2
-    batch_size: int = 2048
-    dense_rate: float = 3e-3
-    label_smoothing: float = 0.05
-    falling: bool = True
+Schedule = Callable[[Any], Any]
+AXIS = "devices"
+DIVERGED = "training has diverged; choose smaller rates (--learning-rate, --weight-rate, --dense-rate)"
 
 
 class State(NamedTuple):
@@ -53,115 +28,103 @@ class State(NamedTuple):
     step: Any
 
 
-class Score(NamedTuple):
-    """How a trained model did on rows it has not seen, and how long training took, compilation included."""
+class Batch(NamedTuple):
+    """What a step is given.
 
-    auc: float
-    logloss: float
-    seconds: float
-    samples_per_second: float
+    Attributes:
+      ids: an ``embax.IdBatch``.
+      rows: arrays that the task's loss wants besides.
+    """
+
+    ids: Any
+    rows: Any
+
+
+class Task(abc.ABC):
+    """What is trained. Hashable, so that it can be static under jit; it owns no arrays."""
+
+    @abc.abstractmethod
+    def features(self, schedule: Schedule) -> Any:
+        """Returns the FeatureSpecs; rates are multiplied by ``schedule`` of the step."""
+
+    @abc.abstractmethod
+    def ids(self, rows: Any) -> tuple[Any, Any]:
+        """Returns ids in the structure of ``features``, and the arrays besides, of the same first dimension."""
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> Any:
+        """Returns fresh dense parameters."""
+
+    @abc.abstractmethod
+    def losses(
+        self, params: Any, activations: Any, rows: Any, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns what is minimised, and what of it is shown, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A model and its recipe, made ready: hashable, so static under jit; one trainer serves every seed."""
+    """A task with its plan and the optimizer of its dense part: hashable, so static under jit.
 
-    model: Model
-    recipe: Recipe
+    Attributes:
+      task: what is trained, a Task.
+      plan: of its tables.
+      dense: of the dense parameters.
+      devices: that share each batch.
+    """
+
+    task: Any
     plan: embax.Plan
     dense: optax.GradientTransformation
-    steps: int
+    devices: int = 1
 
     @classmethod
-    def create(cls, model: Model, recipe: Recipe, train_rows: int) -> "Trainer":
-        """Returns the trainer for that many rows.
+    def create(cls, task: Task, steps: int, dense_rate: float, falling: bool = True, devices: int = 1) -> "Trainer":
+        """Returns the trainer for that many steps; rates fall linearly to 0 over them, or stay."""
+        schedule = optax.linear_schedule(1.0, 0.0 if falling else 1.0, max(steps, 1))
+        dense = optax.adam(lambda step: dense_rate * schedule(step))
+        mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,)) if devices > 1 else None
+        return cls(task, embax.plan(task.features(schedule), mesh=mesh), dense, devices)
 
-        Raises:
-          ValueError: there are fewer rows than a batch has.
-        """
-        steps = train_rows // recipe.batch_size * recipe.epochs
-        if not steps:
-            raise ValueError(
-                f"batch_size {recipe.batch_size} is more than the {train_rows} training rows; choose a smaller one"
-            )
-        schedule = optax.linear_schedule(1.0, 0.0 if recipe.falling else 1.0, steps)
-        dense = optax.adam(lambda step: recipe.dense_rate * schedule(step))
-        return cls(model, recipe, embax.plan(model.features(schedule)), dense, steps)
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices, where there are several."""
+        return Mesh(np.array(jax.devices()[: self.devices]), (AXIS,)) if self.devices > 1 else None
 
     def init(self, seed: int) -> State:
         """Returns fresh tables and parameters."""
-        tables_key, params_key = jax.random.split(jax.random.key(seed))
-        params = self.model.init(params_key)
-        return State(embax.init(self.plan, tables_key), params, self.dense.init(params), jnp.int32(0))
+        tables_key, _ = jax.random.split(jax.random.key(seed))
+        return self.init_dense(seed)._replace(tables=embax.init(self.plan, tables_key))
 
-    def batch(self, data: Transactions, rows: np.ndarray) -> embax.IdBatch:
-        """Returns the ids of those rows, preprocessed."""
-        columns = {name: values[rows] for name, values in data.fields.items()}
-        return embax.preprocess(self.plan, self.model.ids(columns))
+    def init_dense(self, seed: int) -> State:
+        """Returns what ``init`` does, without tables."""
+        _, params_key = jax.random.split(jax.random.key(seed))
+        params = self.task.init(params_key)
+        return State(None, *self._everywhere((params, self.dense.init(params), jnp.int32(0))))
 
-    def fit(self, data: Transactions, rows: np.ndarray, seed: int, title: str) -> tuple[State, float]:
-        """Returns the state after training on ``rows`` and the seconds it took; shows a progress bar.
+    def batch(self, rows: Any) -> Batch:
+        """Returns rows as a step takes them: ids preprocessed, all of it on its devices."""
+        ids, besides = self.task.ids(rows)
+        return Batch(embax.preprocess(self.plan, ids), self._shared(besides))
 
-        Every epoch goes through the rows in a new order, in whole batches.
-        """
-        state, size, shown = self.init(seed), self.recipe.batch_size, None
-        shuffle, key = np.random.default_rng(seed), jax.random.key(seed)
-        labels = data.label.astype(np.float32)
-        start = time.perf_counter()
-        every = 0.1 if sys.stderr.isatty() else 10.0  # seconds: a log keeps every line that a terminal overwrites
-        with tqdm(total=self.steps * size, desc=title, unit=" samples", unit_scale=True, mininterval=every) as bar:
-            for step in range(self.steps):
-                first = step % (self.steps // self.recipe.epochs) * size
-                if not first:
-                    order = shuffle.permutation(rows)
-                taken = order[first : first + size]
-                state, loss = train_step(self, state, self.batch(data, taken), labels[taken], key)
-                if step % REPORT_EVERY == 0:
-                    if shown is not None:
-                        bar.set_postfix(loss=f"{float(shown):.4f}", refresh=False)
-                    shown = loss
-                bar.update(size)
-            jax.block_until_ready(state)
-        return state, time.perf_counter() - start
+    def _everywhere(self, tree: Any) -> Any:
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def predict(self, state: State, data: Transactions, rows: np.ndarray) -> np.ndarray:
-        """Returns the probability of label 1 for each of ``rows``."""
-        whole = np.resize(rows, -(-len(rows) // EVALUATION_BATCH) * EVALUATION_BATCH)
-        parts = [
-            predict_step(self, state.tables, state.params, self.batch(data, part))
-            for part in whole.reshape(-1, EVALUATION_BATCH)
-        ]
-        return np.concatenate(parts)[: len(rows)].astype(np.float64)
-
-    def run(
-        self, data: Transactions, train: np.ndarray, test: np.ndarray, seed: int, title: str
-    ) -> tuple[State, Score]:
-        """Returns the trained state and its score on the rows ``test``."""
-        state, seconds = self.fit(data, train, seed, title)
-        predicted = self.predict(state, data, test)
-        auc, logloss = roc_auc_score(data.label[test], predicted), log_loss(data.label[test], predicted)
-        samples = self.steps * self.recipe.batch_size
-        return state, Score(float(auc), float(logloss), seconds, samples / seconds)
+    def _shared(self, tree: Any) -> Any:
+        return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_step(trainer: Trainer, state: State, batch: embax.IdBatch, labels: jax.Array, key: jax.Array):
-    """Returns the state after one step, its buffers reused, and the loss before it."""
-    activations, residuals = embax.lookup(trainer.plan, state.tables, batch)
-    dropout_key = jax.random.fold_in(key, state.step)
+def train_step(trainer: Trainer, state: State, batch: Batch, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the state after one step, its buffers reused, and the losses before it."""
+    activations, residuals = embax.lookup(trainer.plan, state.tables, batch.ids)
+    step_key = jax.random.fold_in(key, state.step)
 
     def loss_of(params, activations):
-        return trainer.model.loss(params, activations, labels, dropout_key, trainer.recipe.label_smoothing)
+        return trainer.task.losses(params, activations, batch.rows, step_key)
 
-    loss, (dense_grads, act_grads) = jax.value_and_grad(loss_of, argnums=(0, 1))(state.params, activations)
-    tables = embax.update(trainer.plan, state.tables, residuals, act_grads, state.step)
-    updates, dense = trainer.dense.update(dense_grads, state.dense, state.params)
+    gradients, shown = jax.grad(loss_of, argnums=(0, 1), has_aux=True)(state.params, activations)
+    tables = embax.update(trainer.plan, state.tables, residuals, gradients[1], state.step)
+    updates, dense = trainer.dense.update(gradients[0], state.dense, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(tables, params, dense, state.step + 1), loss
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def predict_step(trainer: Trainer, tables: Any, params: Any, batch: embax.IdBatch) -> jax.Array:
-    """Returns the probability of label 1 for every sample of the batch."""
-    activations, _ = embax.lookup(trainer.plan, tables, batch)
-    return jax.nn.sigmoid(trainer.model.logits(params, activations, None))
+    return State(tables, params, dense, state.step + 1), shown

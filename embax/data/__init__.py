@@ -1,0 +1,1 @@
+"""Data in files, from Parquet or CSV to batches: ``pip install 'embax[train]'``."""

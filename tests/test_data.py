@@ -350,3 +350,26 @@ def test_a_part_of_rows_is_a_row(path):
     rows = loader.Encode(own, seen, shuffled=False).random_map(found.groups[:2], np.random.default_rng(0))
     only = rows._replace(ids={"word": rows.ids["word"]})
     assert isinstance(only, blocks.Rows) and list(only.ids) == ["word"] and len(only) == len(rows)
+
+
+def test_a_constant_column_has_scale_1(tmp_path):
+    """What is left of rounding is no deviation."""
+    rows = 2000
+    table = pa.table({"c": ["x"] * rows, "n": [1_000_000.1] * rows, "m": [0.1] * rows, "y": [0, 1] * (rows // 2)})
+    pq.write_table(table, tmp_path / "d.parquet", row_group_size=300)
+    found = files.Files(tmp_path / "d.parquet")
+    seen = scan.scan(found, columns.columns_of(found.schema, "y"))
+    assert seen.scales["n"].deviation == seen.scales["m"].deviation == 1.0
+    np.testing.assert_allclose(seen.scales["n"].mean, 1_000_000.1)
+
+
+def test_wider_integers_are_encoded():
+    known = vocabulary.Vocabulary(pa.array([3, 5], pa.int8()), pa.array([2, 1]))
+    assert known.encode(pa.array([5, 300, 3, None], pa.int64())).tolist() == [2, 0, 1, 0]
+
+
+def test_other_content_of_one_size_is_told_apart(tmp_path):
+    for name, label in (("a", [0, 1]), ("b", [1, 0])):
+        (tmp_path / name).write_bytes(np.tile(np.array(label, np.int8), 5_000_000).tobytes() + b"the same end" * 10_000)
+    assert files.sample(tmp_path / "a") != files.sample(tmp_path / "b")
+    assert files.sample(tmp_path / "a") == files.sample(tmp_path / "a")

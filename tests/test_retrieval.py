@@ -223,3 +223,25 @@ def test_fewer_items_than_places(tmp_path):
     options = ("--user", "user", "--item", "item", "--batch-size", 32, "--epochs", 1)
     code, _, err = verbs.embax("train", path, "--output", tmp_path / "run", *SMALL, *options)
     assert (code, err) == (0, [])
+
+
+def test_items_without_a_row_are_asked_for_and_not_found(tmp_path):
+    """Every ranking has all items that are left, so that each user's known one is found, and the three new are not."""
+    users, when = np.repeat(np.arange(40), 10), np.tile(np.arange(10), 40)
+    items = np.where(when < 7, (when + users) % 8, 1000 + 10 * users + when)
+    path = verbs.written(tmp_path / "d.parquet", pa.table({"user": users, "item": items, "t": when}))
+    options = ("--user", "user", "--item", "item", "--time", "t", "--test-from", "6", "--batch-size", 32, "--epochs", 1)
+    code, _, err = verbs.embax("train", path, "--output", tmp_path / "run", *SMALL, *options)
+    assert (code, err) == (0, [])
+    (found,) = verbs.lines(tmp_path / "run", "evaluation")
+    assert found["recall@20"] == found["baseline_recall@20"] == 0.25
+
+
+def test_users_that_training_did_not_know_get_no_items(tmp_path, data):
+    _train(data, tmp_path / "run", "--user", "user", "--item", "item", "--epochs", 1)
+    path = verbs.written(tmp_path / "new.parquet", pa.table({"user": ["u1", "nobody", None, "u2"]}))
+    code, _, err = verbs.embax("predict", tmp_path / "run", path, tmp_path / "p.parquet", "--top", 3)
+    assert (code, err) == (0, [])
+    found = pq.read_table(tmp_path / "p.parquet")
+    assert [len(items) for items in found["items"].to_pylist()] == [3, 0, 0, 3]
+    assert [len(scores) for scores in found["scores"].to_pylist()] == [3, 0, 0, 3]

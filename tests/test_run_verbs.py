@@ -175,14 +175,15 @@ def test_files_that_do_not_fit_are_one_line(run, data, tmp_path, change, text):
         (("predict", "RUN", "DATA", "TO", "--step", "3"), "step 3"),
         (("predict", "RUN", "DATA", "TO", "--top", "3"), "--top is for --task retrieval --model mf"),
         (("predict", "RUN", "DATA", "/dev/null/p.parquet"), "/dev/null"),
-        (("predict", "RUN", "DATA", "RUN"), ": Is a directory"),
+        (("predict", "RUN", "DATA", "RUN"), "must be a file whose name ends in .parquet"),
+        (("predict", "RUN", "DATA", "p.csv"), "TO p.csv must be a file whose name ends in .parquet"),
     ],
 )
 def test_what_will_not_do_is_one_line(run, data, tmp_path, args, text):
-    own = {"RUN": run, "DATA": data, "TO": tmp_path / "to"}
+    own = {"RUN": run, "DATA": data, "TO": tmp_path / "to.parquet"}
     code, _, err = verbs.embax(*(own.get(arg, arg) for arg in args))
     assert (code, len(err)) == (2, 1) and text in err[0], err
-    assert not (tmp_path / "to").exists()
+    assert not (tmp_path / "to.parquet").exists()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,11 @@ def test_what_will_not_do_is_one_line(run, data, tmp_path, args, text):
 )
 def test_a_damaged_record_is_one_line(tmp_path, data, content, text):
     (tmp_path / "run.json").write_text(content)
-    for args in (("inspect", tmp_path), ("export", tmp_path, tmp_path), ("predict", tmp_path, data, tmp_path / "x")):
+    for args in (
+        ("inspect", tmp_path),
+        ("export", tmp_path, tmp_path),
+        ("predict", tmp_path, data, tmp_path / "x.parquet"),
+    ):
         code, _, err = verbs.embax(*args)
         assert (code, len(err)) == (2, 1) and text in err[0]
 
@@ -203,7 +208,7 @@ def test_a_damaged_record_is_one_line(tmp_path, data, content, text):
 def test_a_damaged_checkpoint_is_one_line(run, data, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8" / "tables")
-    for args in (("export", tmp_path / "run", tmp_path), ("predict", tmp_path / "run", data, tmp_path / "x")):
+    for args in (("export", tmp_path / "run", tmp_path), ("predict", tmp_path / "run", data, tmp_path / "x.parquet")):
         code, _, err = verbs.embax(*args)
         assert (code, len(err)) == (2, 1) and "checkpoints/8" in err[0]
 
@@ -364,3 +369,28 @@ def test_a_model_of_bags_alone(tmp_path):
     path = verbs.written(tmp_path / "d.parquet", pa.table({"bag": bags, "y": table["y"]}))
     found = verbs.trained(path, tmp_path / "run")
     assert found["columns"]["bags"] == ["bag"] and found["status"] == "finished"
+
+
+def test_a_csv_is_read_by_the_types_of_training(tmp_path):
+    """Codes of digits alone are texts if training's were; an empty text is missing."""
+    rows = [f"{zip_},{n},{int(zip_ == '0A1')}" for n, zip_ in enumerate(["0A1", "007", "", "7"] * 100)]
+    (tmp_path / "d.csv").write_text("\n".join(["zip,n,y", *rows]))
+    verbs.trained(tmp_path / "d.csv", tmp_path / "run", "--numeric", "n")
+    values = pq.read_table(tmp_path / "run" / "vocabularies" / "0.parquet")["value"].to_pylist()
+    assert set(values) == {"0A1", "007", "7"}
+    for name, codes in (("later", ["007", "7"]), ("all", ["007", "7", "0A1"])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["zip,n", *(f"{code},5" for code in codes)]))
+        code, _, err = verbs.embax("predict", tmp_path / "run", tmp_path / f"{name}.csv", tmp_path / f"{name}.parquet")
+        assert (code, err) == (0, [])
+    later, whole = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("later", "all"))
+    assert later["zip"].to_pylist() == ["007", "7"]
+    assert later["score"].to_pylist() == whole["score"].to_pylist()[:2]
+
+
+def test_codes_that_are_named_categories_keep_their_zeros(tmp_path):
+    (tmp_path / "d.csv").write_text(
+        "\n".join(["zip,y", *(f"{z},{i % 2}" for i, z in enumerate(["007", "07", "7"] * 60))])
+    )
+    verbs.trained(tmp_path / "d.csv", tmp_path / "run", "--categorical", "zip")
+    values = pq.read_table(tmp_path / "run" / "vocabularies" / "0.parquet")["value"].to_pylist()
+    assert sorted(values) == ["007", "07", "7"]

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
+from embax.cli.errors import CommandError
 from embax.cli.guarded import Debug, one_line
 
 
@@ -21,6 +22,8 @@ def predict(
 
     A click model's score is the probability of the label; a retrieval model's that of the pair of user and item.
     """
+    if to.suffix != ".parquet" or to.is_dir():
+        raise CommandError(f"TO {to} must be a file whose name ends in .parquet")
     with one_line(debug):
         import tempfile
 
@@ -30,8 +33,8 @@ def predict(
         from embax.tasks.work import opened
 
         with tempfile.TemporaryDirectory() as made:
-            files = Files(data, made)
             work, state, found = opened(RunFolder(run), step)
+            files = Files(data, made, work_of.types_of(work))
             to.parent.mkdir(parents=True, exist_ok=True)
             if top is not None:
                 rows = work_of.recommend(work, state, files, to, top)

@@ -99,7 +99,8 @@ def _kind(field: Any, categorical: Iterable[str], numeric: Iterable[str], where:
         return "categorical"
     if types.is_floating(kind) or types.is_decimal(kind):
         return "numeric"
-    other = f", --categorical {field.name} takes each of its values for one" * _can_be_category(kind)
+    other = f", --time {field.name} parts the rows by it" * types.is_temporal(kind)
+    other += f", --categorical {field.name} takes each of its values for one" * _can_be_category(kind)
     raise DataError(f"{what}, neither a category nor a number; --ignore {field.name} leaves it out{other}")
 
 

@@ -6,7 +6,7 @@ Whatever is wrong with a file is said in one line: the file, the column and row 
 import glob
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,18 +47,19 @@ class Files:
       where: a path, a folder, or a pattern with ``*``; of Parquet files, or of CSV files, which end in ``.csv``,
         ``.csv.gz`` or ``.tsv``.
       folder: where Parquet files are made of CSV files; not needed for Parquet.
+      types: Arrow types of columns of a CSV, by name; of others they are told by the first rows.
 
     Raises:
       DataError: no such file, a damaged or an empty one, files whose columns differ, a column that is there twice.
     """
 
-    def __init__(self, where: Any, folder: Any = None):
+    def __init__(self, where: Any, folder: Any = None, types: Mapping[str, Any] | None = None):
         paths = find(where)
         self.paths = [str(path) for path in paths]
         self.groups: list[Group] = []
         self.schema: Any = None
         for path in paths:
-            self._add(str(path), str(_parquet_of(path, folder)) if is_csv(path) else "")
+            self._add(str(path), str(_parquet_of(path, folder, types or {})) if is_csv(path) else "")
         if not sum(group.rows for group in self.groups):
             raise DataError(f"{where}: there are columns, and no rows; bring a file with rows")
 
@@ -151,8 +152,8 @@ def read(group: Group, columns: Sequence[str] | None = None) -> Any:
     return table
 
 
-def _parquet_of(path: Path, folder: Any) -> Path:
-    """Returns a Parquet file with the rows of a CSV, made anew if it is older."""
+def _parquet_of(path: Path, folder: Any, types: Mapping[str, Any]) -> Path:
+    """Returns a Parquet file with the rows of a CSV, made anew if it is older. An empty text is missing."""
     import pyarrow as pa
     import pyarrow.csv as csv
     import pyarrow.parquet as pq
@@ -162,7 +163,8 @@ def _parquet_of(path: Path, folder: Any) -> Path:
     if not path.stat().st_size:
         raise DataError(f"{path}: the file is empty (0 bytes); bring one with a line of names and rows below it")
     # Files of one name in different folders may have one size and time, too.
-    place = zlib.crc32(os.fsencode(path.resolve().parent))
+    kinds = ",".join(f"{name} {kind}" for name, kind in sorted(types.items()))
+    place = zlib.crc32(os.fsencode(path.resolve().parent) + kinds.encode())
     made = Path(folder) / f"{path.name}-{path.stat().st_size}-{path.stat().st_mtime_ns}-{place:08x}.parquet"
     if made.exists():
         return made
@@ -171,7 +173,8 @@ def _parquet_of(path: Path, folder: Any) -> Path:
     options = csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
     first = 2  # the line of the first row
     try:
-        with csv.open_csv(path, csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False), options) as reader:
+        read, convert = csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False), csv.ConvertOptions(column_types=types)
+        with csv.open_csv(path, read, options, convert) as reader:
             names = reader.schema.names
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
@@ -179,7 +182,7 @@ def _parquet_of(path: Path, folder: Any) -> Path:
             with pq.ParquetWriter(unfinished, reader.schema) as writer:
                 for batch in reader:
                     _check_text(path, batch, first)
-                    writer.write_table(pa.Table.from_batches([batch]), row_group_size=GROUP_ROWS)
+                    writer.write_table(_empty_as_missing(batch), row_group_size=GROUP_ROWS)
                     first += batch.num_rows
         os.replace(unfinished, made)
     except UnicodeDecodeError as error:  # of a name: texts are Arrow's, see _check_text
@@ -189,6 +192,21 @@ def _parquet_of(path: Path, folder: Any) -> Path:
     finally:
         unfinished.unlink(missing_ok=True)
     return made
+
+
+def _empty_as_missing(batch: Any) -> Any:
+    """Returns a table of the batch, with null where a text is empty."""
+    import pyarrow as pa
+
+    from embax.data._arrow import compute as pc
+
+    table = pa.Table.from_batches([batch])
+    for number, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            column = table[field.name]
+            filled = pc.if_else(pc.equal(column, ""), pa.scalar(None, field.type), column)
+            table = table.set_column(number, field, filled)
+    return table
 
 
 def _check_text(path: Path, batch: Any, first: int) -> None:
@@ -237,3 +255,13 @@ def _difference(first: Any, other: Any, path: str) -> str:
 
 def _short(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(".")
+
+
+def sample(path: Any, blocks: int = 64, size: int = 1 << 14) -> int:
+    """Returns a checksum (crc32) of evenly spaced blocks of a file and of its end, where Parquet has its statistics."""
+    length, found = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        for place in sorted({*range(0, length, max(size, length // blocks)), max(0, length - 4 * size)}):
+            file.seek(place)
+            found = zlib.crc32(file.read(size if place < length - 4 * size else 4 * size), found)
+    return found

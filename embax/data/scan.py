@@ -165,4 +165,5 @@ class _Moments:
 
     def scale(self) -> Scale:
         deviation = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return Scale(self.mean, deviation if deviation > 0 else 1.0)
+        constant = deviation <= 1e-7 * abs(self.mean)  # what is left of rounding
+        return Scale(self.mean, 1.0 if constant else deviation)

@@ -91,9 +91,12 @@ class Vocabulary:
 
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
-        if column.type != self.values.type:
-            column = column.cast(self.values.type)
-        found = pc.index_in(column, self.values)
+        values = self.values
+        if pa.types.is_integer(column.type) and pa.types.is_integer(values.type):
+            column, values = column.cast(pa.int64(), safe=False), values.cast(pa.int64(), safe=False)
+        elif column.type != values.type:
+            column = column.cast(values.type)
+        found = pc.index_in(column, values)
         return pc.add(pc.fill_null(found, -1), 1).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
     def value(self, row: int) -> Any:

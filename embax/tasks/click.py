@@ -168,7 +168,9 @@ class Deep(Model):
         deep, numbers = jax.random.split(key)
         params = self._linear() | {"network": self.begun(deep)}
         if self.fields.numbers:
-            params["numbers"] = init_layers(numbers, [self.fields.numbers, self.embedding_dim])
+            # Small, as embeddings are at first: else what numbers happen to give is all that the network sees.
+            begun = init_layers(numbers, [self.fields.numbers, self.embedding_dim])
+            params["numbers"] = jax.tree.map(lambda part: 0.05 * part, begun)
         return params
 
     def logits(self, params: Any, activations: Any, numbers: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -179,8 +179,8 @@ class Meter:
     def last(self, step: int) -> None:
         """Writes what is left; DataError where the newest losses are no numbers."""
         if self.waiting is not None and self.step is not None:
+            self.waiting = (step, self.newest)
             self._write(step, time.perf_counter(), None)
-            self._check(step, self.newest)
 
     def _write(self, step: int, now: float, bar: Any) -> None:
         assert self.waiting is not None and self.step is not None  # seen() came first

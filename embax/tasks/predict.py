@@ -59,6 +59,12 @@ def predict(work: Work, state: State, files: Files, path: Path, progress: Any = 
     return done
 
 
+def types_of(work: Work) -> dict[str, Any]:
+    """Returns the types that training had, by column: a CSV is read so, whatever its first rows look like."""
+    columns, known = work.prepared.columns, work.prepared.scanned.vocabularies
+    return {name: known[name].values.type for name in columns.categorical}
+
+
 def scored(work: Work, state: State, rows: Rows) -> np.ndarray:
     """Returns the score of each row, float32."""
     if work.settings.task == "click":
@@ -70,7 +76,8 @@ def scored(work: Work, state: State, rows: Rows) -> np.ndarray:
 def recommend(work: Work, state: State, files: Files, path: Path, count: int) -> int:
     """Writes the best items for the user of each row, as columns ``items`` and ``scores``; returns how many rows.
 
-    All items that training knows are ranked, those that the user has too. Only for models of keys alone (--model mf).
+    All items that training knows are ranked, those that the user has too. For a user that training did not know the
+    lists are empty. Only for models of keys alone (--model mf).
 
     Raises:
       DataError: no retrieval model, or one whose items have more columns than a key.
@@ -98,7 +105,8 @@ def recommend(work: Work, state: State, files: Files, path: Path, count: int) ->
                 for first in range(0, len(ids), BLOCK):
                     own = ids[first : first + BLOCK]
                     best, scores = best_of(work, state, own, items, count)
-                    starts = pa.array(np.arange(0, best.size + 1, count, dtype=np.int32))
+                    best, scores = best[own > 0], scores[own > 0]
+                    starts = pa.array(np.concatenate([[0], np.cumsum((own > 0) * count)]).astype(np.int32))
                     part = table.slice(first, len(own))
                     for field, one in zip(fields, (values.take(pa.array(best.ravel())), scores.ravel()), strict=True):
                         part = part.append_column(field, pa.ListArray.from_arrays(starts, pa.array(one)))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from embax.data.blocks import encoded
 from embax.data.columns import Columns, columns_of
-from embax.data.files import DataError, Files, Group
+from embax.data.files import DataError, Files, Group, sample
 from embax.data.loader import Encode
 from embax.data.scan import Scanned, scan
 from embax.data.split import TEST, TRAIN, VALIDATION, Split, by_time
@@ -43,17 +43,23 @@ class Prepared(NamedTuple):
         return self.tests.rows if part == "test" and self.tests is not None else self.scanned.rows[part]
 
     def fingerprint(self) -> list[list[Any]]:
-        """Returns what tells these files from others wherever they lie: rows and bytes of every row group."""
-        groups = self.files.groups + (self.tests.groups if self.tests else [])
-        return [[group.number, group.rows, group.size] for group in groups]
+        """Returns what tells these files from others wherever they lie: rows, bytes and samples of their content."""
+        files = [self.files, *([self.tests] if self.tests else [])]
+        groups = [[group.number, group.rows, group.size] for one in files for group in one.groups]
+        return groups + [[sample(path)] for one in files for path in one.paths]
 
 
 def opened(settings: Settings, folder: RunFolder) -> tuple[Files, Files | None]:
     """Returns the files to train on and those for the test alone; CSV is made Parquet in the run's folder."""
-    files = Files(settings.data, folder.path / "parquet")
+    import pyarrow as pa
+
+    # A CSV's types are guessed of its first rows: categories are as they are written, and other files as the first.
+    texts = {name: pa.string() for name in settings.categorical}
+    files = Files(settings.data, folder.path / "parquet", texts)
     if settings.test is None:
         return files, None
-    tests = Files(settings.test, folder.path / "parquet")
+    types = dict(zip(files.schema.names, files.schema.types, strict=True))
+    tests = Files(settings.test, folder.path / "parquet", types)
     for name in files.schema.names:
         if name not in tests.schema.names:
             raise DataError(f'{tests.paths[0]}: column "{name}" is missing, which {files.paths[0]} has')

@@ -12,6 +12,10 @@ import numpy as np
 
 from embax.data.files import DataError
 
+NOTHING = (
+    "there is nothing to rank for: no user of training has a further item in the rows to be measured; bring more rows, "
+    "split them otherwise, or lower --min-count, which users must reach, too"
+)
 USERS = 1024  # that are ranked at once
 
 
@@ -67,10 +71,7 @@ def ranked(
     test = test.without(known)
     users = np.flatnonzero(test.counts())
     if not len(users):
-        raise DataError(
-            "there is nothing to rank for: no user of training has a further item in the rows to be measured; bring "
-            "more rows, or split them otherwise"
-        )
+        raise DataError(NOTHING)
     gains = 1.0 / np.log2(np.arange(2, k + 2))
     best = np.concatenate([[0.0], np.cumsum(gains)])
     recall = ndcg = 0.0

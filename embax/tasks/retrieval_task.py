@@ -10,10 +10,11 @@ import numpy as np
 
 import embax
 from embax.data.blocks import Rows, joined, padded
+from embax.data.files import DataError
 from embax.data.split import TEST, TRAIN, VALIDATION
 from embax.id_forms import RaggedIds
 from embax.tasks.prepare import Prepared
-from embax.tasks.ranking import Taken, most_popular, ranked
+from embax.tasks.ranking import NOTHING, Taken, most_popular, ranked
 from embax.tasks.retrieval import SIDES, Loss, RetrievalTask
 from embax.tasks.training import State, Trainer
 
@@ -126,9 +127,7 @@ class Ranker:
 
         Users without a training row are left out; items without one count, and cannot be found.
         """
-        number = {"validation": VALIDATION, "test": TEST}[part]
-        seen = [TRAIN] + [VALIDATION] * (number == TEST and self.prepared.rows("validation") > 0)
-        known, test = (self._taken(parts) for parts in (seen, [number]))
+        known, test = self._asked(part)
         popular = ranked(most_popular(len(self.catalogue) - 1), known, test)
         rank = self.rank(trainer, state)
         found = ranked(rank, known, test)
@@ -141,7 +140,8 @@ class Ranker:
 
         def rank(own: np.ndarray, known: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             scores = np.array(_scores(jnp.asarray(users[own]), items))
-            scores[known] = -np.inf
+            inside = known[1] < scores.shape[1]
+            scores[known[0][inside], known[1][inside]] = -np.inf
             scores[:, 0] = -np.inf
             top = np.argpartition(scores, -k, axis=1)[:, -k:] if k < scores.shape[1] else np.argsort(scores, axis=1)
             order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
@@ -150,9 +150,23 @@ class Ranker:
 
         return rank
 
+    def check(self, part: str) -> None:
+        """Raises DataError where a part has nothing to rank for."""
+        known, test = self._asked(part)
+        if not test.without(known).counts().any():
+            raise DataError(NOTHING)
+
+    def _asked(self, part: str) -> tuple[Taken, Taken]:
+        """Returns what users are known to have, and what is to be found."""
+        number = {"validation": VALIDATION, "test": TEST}[part]
+        seen = [TRAIN] + [VALIDATION] * (number == TEST and self.prepared.rows("validation") > 0)
+        return self._taken(seen), self._taken([number])
+
     def _taken(self, parts: Iterable[int]) -> Taken:
+        """Returns who took what. An item without a row gets a number past all rows, each time another one."""
         pairs = [self._read(part) for part in parts]
         users, items = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
+        items = np.where(items > 0, items, len(self.catalogue) + np.arange(len(items)))
         kept = users > 0
         return Taken.of(users[kept], items[kept], len(self.users))
 

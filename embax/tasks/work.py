@@ -30,6 +30,7 @@ from embax.tasks.settings import Settings
 from embax.tasks.table_facts import Touched, facts, statistics
 from embax.tasks.training import State, Trainer
 
+FEW_STEPS = 100
 FREE = ("epochs", "save_every", "workers", "ahead", "devices", "data", "test")  # what may change when a run goes on
 
 
@@ -66,6 +67,12 @@ class Work:
     def draw(self) -> Any:
         """What draws the negatives of each batch (retrieval); None for a click model."""
         return Draw(self.ranker.catalogue, self.settings.negatives) if self.settings.task == "retrieval" else None
+
+    def check(self) -> None:
+        """Raises DataError for a test that nobody can pass, before anything is trained."""
+        for part in ("validation", "test"):
+            if self.settings.task == "retrieval" and self.prepared.rows(part):
+                self.ranker.check(part)
 
     @functools.cached_property
     def columns(self) -> dict[str, str]:
@@ -128,6 +135,7 @@ def run(
 
     begun = time.perf_counter()
     work = _resumed(settings, folder) if resume else _begun(settings, folder, overwrite)
+    work.check()
     document = work.document(command)
     journal = Journal(folder.path, _since(folder) if resume else None)
     journal.parts["reading columns"] = time.perf_counter() - begun
@@ -257,6 +265,8 @@ def summary(found: dict[str, Any], folder: RunFolder) -> list[str]:
     if "baseline" in found:
         base = {k.removeprefix("baseline_"): v for k, v in found.items() if k.startswith("baseline_")}
         lines.append(f"{found['baseline']}: {shown(base)}")
+    if found["steps"] < FEW_STEPS:
+        lines.append(f"these were only {found['steps']} steps; a smaller --batch-size or more --epochs may learn more")
     return [*lines, f"{folder.path / 'report.html'}: {found['steps']} steps, {found['seconds']:.1f} s", *_left(found)]
 
 

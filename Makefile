@@ -13,7 +13,7 @@ INSTALLED := pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cc csrc/*.
 .PHONY: docs train test lint native nightly bench bench-peers wheels wheel-check sanitize fuzz clean
 
 train: .venv/train.stamp
-	.venv/bin/embax train completejourney
+	.venv/bin/embax train completejourney --overwrite
 
 test: lint
 	EMBAX_QUICK_COMPILE=1 .venv/bin/python -m pytest $(PYTEST_ARGS) -m "not slow and not nightly and not optimized"

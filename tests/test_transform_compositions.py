@@ -119,7 +119,6 @@ COMPOSITIONS = (
 )
 
 
-@settings(max_examples=6)
 @given(*COMPOSITIONS)
 def test_any_composition_has_the_dense_gradient(outer, inner, x):
     check_composition(outer, inner, x)

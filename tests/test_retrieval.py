@@ -245,3 +245,12 @@ def test_users_that_training_did_not_know_get_no_items(tmp_path, data):
     found = pq.read_table(tmp_path / "p.parquet")
     assert [len(items) for items in found["items"].to_pylist()] == [3, 0, 0, 3]
     assert [len(scores) for scores in found["scores"].to_pylist()] == [3, 0, 0, 3]
+
+
+def test_a_run_is_not_thrown_away_for_one_that_cannot_be(tmp_path, data):
+    _train(data, tmp_path / "run", "--user", "user", "--item", "item", "--epochs", 1)
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    options = ("--user", "user", "--item", "item", "--test", data, "--overwrite")  # what is tested is known
+    code, _, err = verbs.embax("train", data, "--output", tmp_path / "run", *SMALL, *options)
+    assert code == 2 and len(err) == 1 and "there is nothing to rank for" in err[0]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before != []

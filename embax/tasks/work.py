@@ -135,7 +135,6 @@ def run(
 
     begun = time.perf_counter()
     work = _resumed(settings, folder) if resume else _begun(settings, folder, overwrite)
-    work.check()
     document = work.document(command)
     journal = Journal(folder.path, _since(folder) if resume else None)
     journal.parts["reading columns"] = time.perf_counter() - begun
@@ -186,6 +185,7 @@ def _work(settings: Settings, prepared: Prepared, folder: RunFolder) -> Work:
         work = Work(settings, prepared)
         for name in work.columns:
             folder_of(folder.checkpoints, name, "table")
+        work.check()
     except ValueError as error:
         raise DataError(str(error)) from error
     return work

@@ -1,6 +1,5 @@
 """From settings to data that are ready: files, what their columns are for, which row is for what, vocabularies."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from embax.data.blocks import encoded
@@ -8,7 +7,7 @@ from embax.data.columns import Columns, columns_of
 from embax.data.files import DataError, Files, Group, sample
 from embax.data.loader import Encode
 from embax.data.scan import Scanned, scan
-from embax.data.split import TEST, TRAIN, VALIDATION, Split, by_time
+from embax.data.split import TEST, Split, by_time
 from embax.tasks.run_folder import RunFolder
 from embax.tasks.settings import Settings
 
@@ -168,16 +167,3 @@ def _split(settings: Settings, files: Files, tests: Files | None) -> Split:
         )
         return found._replace(seed=settings.seed)
     return Split(settings.seed, settings.validation_fraction, test, kept=settings.limit_rows, rows=files.rows)
-
-
-PARTS = {"validation": VALIDATION, "test": TEST, "train": TRAIN}
-
-
-def plain(split: Split) -> dict[str, Any]:
-    """Returns a split as JSON has it."""
-    return split._asdict()
-
-
-def settings_of(settings: Settings) -> dict[str, Any]:
-    """Returns settings as JSON has them."""
-    return dataclasses.asdict(settings)

@@ -22,7 +22,7 @@ from embax.tasks.click import Fields
 from embax.tasks.click_task import EVALUATION_BATCH, click_task, evaluated
 from embax.tasks.journal import Journal
 from embax.tasks.loop import Loop, Progress, dense_of, shown, steps_of
-from embax.tasks.prepare import Prepared, again, known, plain, prepare, settings_of
+from embax.tasks.prepare import Prepared, again, known, prepare
 from embax.tasks.retrieval import Draw
 from embax.tasks.retrieval_task import Ranker, retrieval_task
 from embax.tasks.run_folder import RunFolder
@@ -105,12 +105,12 @@ class Work:
             **{"embax": embax.__version__, "jax": jax.__version__, "backend": backend.name},
             "backend_reason": backend.reason,
             **{"devices": self.settings.devices, "task": self.settings.task, "model": self.settings.model},
-            **{"data": self.settings.data, "command": command, "settings": settings_of(self.settings)},
+            **{"data": self.settings.data, "command": command, "settings": dataclasses.asdict(self.settings)},
             "columns": columns._asdict() | {"wide": list(self.settings.wide)},
             "rows": {part: prepared.rows(part) for part in PARTS},
             "positive": scanned.positive / scanned.rows["train"] if columns.label is not None else None,
             "seen": {"scales": scanned.scales, "positive": scanned.positive},
-            "split": plain(prepared.split),
+            "split": prepared.split._asdict(),
             "fingerprint": prepared.fingerprint(),
             "tables": facts(self.trainer.plan, self.columns),
         }
@@ -236,7 +236,9 @@ def _since(folder: RunFolder) -> int:
 def _same(given: Settings, folder: RunFolder) -> Settings:
     """Returns the settings of the run to go on with; DataError where others are given now."""
     kept, given = folder.settings(), given.of_task()
-    changed = [name for name, value in settings_of(given).items() if name not in FREE and value != getattr(kept, name)]
+    changed = [
+        name for name, value in dataclasses.asdict(given).items() if name not in FREE and value != getattr(kept, name)
+    ]
     if changed:
         name = changed[0]
         raise DataError(

@@ -373,3 +373,14 @@ def test_other_content_of_one_size_is_told_apart(tmp_path):
         (tmp_path / name).write_bytes(np.tile(np.array(label, np.int8), 5_000_000).tobytes() + b"the same end" * 10_000)
     assert files.sample(tmp_path / "a") != files.sample(tmp_path / "b")
     assert files.sample(tmp_path / "a") == files.sample(tmp_path / "a")
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 60)), max_size=80), st.sampled_from([str, int]))
+def test_few_values_have_the_rows_that_many_have(values, kind):
+    """The search goes the other way round where a vocabulary is longer than what is asked for."""
+    known = [kind(value) for value in range(0, 60, 2)]
+    book = vocabulary.Vocabulary(pa.array(known), pa.array([1] * len(known)))
+    column = [None if value is None else kind(value) for value in values]
+    rows = {value: row for row, value in enumerate(known, 1)}
+    codes = book.encode(pa.array(column, book.values.type))
+    assert codes.dtype == np.int32 and codes.tolist() == [rows.get(value, 0) for value in column]

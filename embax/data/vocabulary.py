@@ -96,6 +96,8 @@ class Vocabulary:
             column, values = column.cast(pa.int64(), safe=False), values.cast(pa.int64(), safe=False)
         elif column.type != values.type:
             column = column.cast(values.type)
+        if len(values) > len(column):
+            return _looked_for(column, values)
         found = pc.index_in(column, values)
         return pc.add(pc.fill_null(found, -1), 1).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
@@ -126,6 +128,17 @@ class Vocabulary:
 
         table = pq.read_table(path)
         return cls(table["value"], table["count"])
+
+
+def _looked_for(column: Any, values: Any) -> np.ndarray:
+    """Returns the row of each value where values are fewer than rows: the table made for the search is of the few."""
+    from embax.data._arrow import compute as pc
+
+    encoded = column.dictionary_encode()
+    found = pc.index_in(values, encoded.dictionary)
+    rows = np.zeros(len(encoded.dictionary) + 1, np.int32)  # the last one is for what is missing
+    rows[found.drop_null().to_numpy()] = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False)) + 1
+    return rows[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()]
 
 
 def flat(column: Any) -> Any:

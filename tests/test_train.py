@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +18,14 @@ pytest.importorskip("typer", reason="needs the train extra")
 
 import verbs  # noqa: E402
 
+import embax  # noqa: E402
+from embax.data.loader import batches  # noqa: E402
+from embax.data.split import TRAIN  # noqa: E402
 from embax.tasks import html_report, loop, work  # noqa: E402
+from embax.tasks.prepare import prepare  # noqa: E402
+from embax.tasks.run_folder import RunFolder  # noqa: E402
+from embax.tasks.settings import Settings  # noqa: E402
+from embax.tasks.training import train_step  # noqa: E402
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("eight_devices")]
 ROWS = 60
@@ -507,3 +515,19 @@ def test_too_few_values_have_one_row(tmp_path):
     document = verbs.trained(path, tmp_path / "run", "--min-count", 10_000, "--test-fraction", 0)
     assert {table["rows"] for table in document["tables"]} == {1}
     complete(tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", ["click", "retrieval"])
+def test_a_step_works_on_no_whole_table(tmp_path, task):
+    """The compiled program of the step itself: rows are read and written in place, nothing is as large as a table."""
+    count = 20_000
+    table = pa.table({"u": np.arange(count) % 5000, "i": np.arange(count) * 7 % 5000, "y": np.arange(count) % 2})
+    path = str(verbs.written(tmp_path / "d.parquet", table, 10_000))
+    roles = {"label": "y"} if task == "click" else {"user": ("u",), "item": ("i",)}
+    given = Settings(path, task=task, batch_size=16, negatives=16, **roles).of_task()
+    own = work.Work(given, prepare(given, RunFolder(tmp_path)))
+    data = batches(*own.prepared.encode(TRAIN, shuffled=True), 16)
+    rows = next(iter(data if own.draw is None else data.seed(0).random_map(own.draw)))
+    with jax.numpy_dtype_promotion("standard"):
+        arguments = own.trainer, own.trainer.init(0), own.trainer.batch(rows), jax.random.key(0)
+        assert "touches rows only" in str(embax.check_step(train_step, *arguments))

@@ -94,8 +94,8 @@ def ahead(dataset: grain.IterDataset, prepare: Callable[[Any], Any], depth: int 
 
     Args:
       dataset: of batches.
-      prepare: what is done to each: ``embax.preprocess`` validates, sorts and finds the distinct rows, and places them
-        on the plan's devices; the native code that does it leaves Python's lock alone.
+      prepare: what is done to each: ``embax.preprocess`` validates, sorts and finds the distinct rows, in native code
+        that leaves Python's lock alone; on one device ``jax.device_put`` brings them there, on a mesh they are there.
       depth: batches that are ready at most.
     """
     return grain.experimental.ThreadPrefetchIterDataset(dataset.map(prepare), prefetch_buffer_size=depth)

@@ -105,7 +105,8 @@ class Trainer:
     def batch(self, rows: Any) -> Batch:
         """Returns rows as a step takes them: ids preprocessed, all of it on its devices."""
         ids, besides = self.task.ids(rows)
-        return Batch(embax.preprocess(self.plan, ids), self._shared(besides))
+        batch = embax.preprocess(self.plan, ids)  # on a mesh it is on its devices already
+        return Batch(batch if self.mesh is not None else jax.device_put(batch), self._shared(besides))
 
     def _everywhere(self, tree: Any) -> Any:
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))

@@ -40,6 +40,18 @@
 #define EMBAX_PREFETCH(address) (void)(address)
 #endif
 
+// NVRTC has no headers: integers of known width by the names that <cstdint> gives them.
+#if defined(__CUDACC_RTC__)
+namespace embax {
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+}  // namespace embax
+#endif
+
 // A formula of optimizers.h: read by a host compiler here, and by NVRTC, which has no host headers.
 #if defined(__CUDACC__)
 #define EMBAX_FORMULA __device__ __forceinline__

@@ -29,6 +29,8 @@ FLOORS = (
     ("id_inputs", 2),
     ("preprocess", 2),
     ("batch_shards", 2),
+    ("kernels.nvrtc", 0),
+    ("kernels.cubins", 0),
     ("kernels", 2),
     ("allocator", 2),
     ("exchange", 3),

@@ -4,6 +4,15 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
+
+// They moved from libdl to libc in glibc 2.34; under their old names both have them. See glibc_floor.cc.
+#if defined(__GLIBC__) && defined(__x86_64__) && defined(__LP64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.17");
+__asm__(".symver dlsym, dlsym@GLIBC_2.17");
+#endif
 #endif
 
 namespace embax::cuda {

@@ -2,7 +2,7 @@
 
 A small step added to a 16-bit number is lost when it is rounded to nearest; rounded at random it is kept in the mean.
 The bits depend on a seed for the step, the row and the column, so a step can be repeated exactly, on any backend and
-any number of threads. csrc/rows.h computes the same.
+any number of threads. csrc/numbers.h computes the same.
 """
 
 from typing import Any

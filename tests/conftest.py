@@ -254,11 +254,15 @@ def _memory_maps():
         return MOST_MAPS + 1
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
-    """Each backend that can run here; the reference always, the native one where it is built."""
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request, monkeypatch):
+    """Each backend that can run here; CUDA's on the host where there is no card and a C++ compiler."""
+    import emulated
+
     from embax import kernels
 
+    if request.param == "cuda" and jax.default_backend() == "cpu" and emulated.why_not() is None:
+        emulated.install(monkeypatch)
     why_not = kernels.get(request.param).unavailable()
     if why_not:
         pytest.skip(f"backend {request.param}: {why_not}")

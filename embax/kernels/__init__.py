@@ -17,7 +17,7 @@ from embax.row_gradients import RowGradients
 from embax.table_state import TableState
 
 # In order of preference; reference is always available and comes last.
-REGISTRY = {"cpu": "embax.kernels.cpu", "reference": "embax.kernels.reference"}
+REGISTRY = {"cpu": "embax.kernels.cpu", "cuda": "embax.kernels.cuda", "reference": "embax.kernels.reference"}
 
 
 class Backend(Protocol):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from embax.kernels import native
-from embax.sorted_rows import varying_axes, varying_with
+from embax.kernels.operands import call_ffi, hyper_vectors
 
 
 class Occurrences(NamedTuple):
@@ -80,12 +80,7 @@ def update(
       gradients: of the samples, in one or more blocks of one dtype.
       hyper: ``(Modifiers, hyperparameters)`` of this step.
     """
-    modifiers, own = hyper
-    numbers = [jnp.asarray(x, jnp.float32) for x in own]
-    numbers = jnp.stack(numbers + [jnp.float32(0)] * (_HYPER - len(numbers)))
-    common = jnp.stack([modifiers.row_clip_norm, modifiers.l2_weight_decay, modifiers.decay])
-    seed, stochastic = modifiers.rounding_seed, modifiers.rounding_seed is not None
-    seed = jnp.uint32(0) if seed is None else seed
+    numbers, common, seed, stochastic = hyper_vectors(hyper)
     first = (*found.operands(), token, numbers, common, seed)
     shapes = [(part.shape, part.dtype) for part in state]
     in_place = {len(first) + index: index for index in range(len(state))}
@@ -119,9 +114,6 @@ def write_rows(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Arra
     return _call("embax_write_rows", (rows, values, table), shape, {2: 0})[0]
 
 
-_HYPER = 8  # kHyper in csrc/kernels.h
-
-
 def _floats(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, np.float32)
 
@@ -132,11 +124,4 @@ def _call(
     status = native.load()
     if not status.available:
         raise RuntimeError(f"{target} needs the native CPU kernels, which are off: {status.reason}")
-    operands = varying_with(tuple(operands))
-    results: Any = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    if varying_axes(operands[0]):
-        # Inside of a shard_map results vary along the mesh axes along which operands do.
-        likes = results
-        results = jax.eval_shape(lambda: [varying_with(jnp.zeros(x.shape, x.dtype), operands) for x in likes])
-    call = jax.ffi.ffi_call(target, results, vmap_method="sequential", input_output_aliases=in_place)
-    return list(call(*operands, **attributes))
+    return call_ffi(target, operands, shapes, in_place, **attributes)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from embax.id_batch import StackIds
 from embax.kernels import calls, native, reference
+from embax.kernels.operands import DTYPES, levels_of, of_one_dtype
 from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
@@ -26,7 +27,7 @@ def unavailable() -> str | None:
 
 def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
     """Returns the activations of each feature of the stack."""
-    return calls.gather_pool(table, _occurrences(ids), ids.samples, stack.activation_dtype, _levels(stack))
+    return calls.gather_pool(table, _occurrences(ids), ids.samples, stack.activation_dtype, levels_of(stack))
 
 
 def update(
@@ -35,7 +36,7 @@ def update(
     """Returns the state after one step on the rows that ``ids`` touch."""
     if not ids.ids.shape[0] or not sum(ids.samples):
         return state
-    gradients = _of_one_dtype(gradients)
+    gradients = of_one_dtype(gradients)
     if not has_kernel(stack.optimizer, state):
         unique, values = calls.row_gradients(_occurrences(ids), token, gradients, stack.rows)
         return apply(stack.optimizer, state, RowGradients(unique, values, stack.rows), hyper)
@@ -52,7 +53,7 @@ def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper
     # Compared before they are narrowed: a row beyond 32 bits must not come back as another one.
     valid = (gradient.rows >= 0) & (gradient.rows < total)
     rows = jnp.where(valid, gradient.rows, total).astype(jnp.int32)
-    values = _of_one_dtype((gradient.values,))
+    values = of_one_dtype((gradient.values,))
     return _stepped(optimizer, state, calls.Occurrences(rows), rows, values, hyper)
 
 
@@ -60,7 +61,7 @@ def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: 
     """Returns the gradient of a stack's table."""
     if not ids.ids.shape[0] or not sum(ids.samples):
         return reference.row_gradients(stack, ids, token, gradients)
-    parts = calls.row_gradients(_occurrences(ids), token, _of_one_dtype(gradients), stack.rows)
+    parts = calls.row_gradients(_occurrences(ids), token, of_one_dtype(gradients), stack.rows)
     return RowGradients(*parts, stack.rows)
 
 
@@ -74,7 +75,7 @@ def sum_rows(rows: jax.Array, values: jax.Array, samples: Any, gains: Any, vocab
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _summed(rows, values, samples, gains, vocabulary_size):
     found = calls.Occurrences(rows, None, samples, gains)
-    parts = calls.row_gradients(found, rows, _of_one_dtype((values,)), vocabulary_size)
+    parts = calls.row_gradients(found, rows, of_one_dtype((values,)), vocabulary_size)
     return RowGradients(*parts, vocabulary_size)
 
 
@@ -94,7 +95,7 @@ def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: j
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _products(stack, form, table, gradients, ids, offsets):
-    return calls.row_products(table, ids, offsets, gradients, _levels(stack))
+    return calls.row_products(table, ids, offsets, gradients, levels_of(stack))
 
 
 @_products.defjvp
@@ -107,7 +108,7 @@ def _products_jvp(stack, form, primals, tangents):
 
 def take(table: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the rows ``[n]`` of ``table``, NaN where there is none."""
-    if table.dtype not in _DTYPES:
+    if table.dtype not in DTYPES:
         return reference.take(table, rows)
     return calls.gather_rows(table, rows)
 
@@ -128,7 +129,7 @@ def step_rows(optimizer: Optimizer, state: TableState, rows: jax.Array, gradient
         return take(array, nearest).astype(jnp.float32)
 
     def write(array, values):
-        if array.dtype not in _DTYPES:
+        if array.dtype not in DTYPES:
             return reference.write(array, rows, values)
         return calls.write_rows(array, rows, values)
 
@@ -141,21 +142,11 @@ def step_rows(optimizer: Optimizer, state: TableState, rows: jax.Array, gradient
 def has_kernel(optimizer: Optimizer, state: TableState) -> bool:
     """Returns whether the library steps this optimizer's rows, stored as they are."""
     floats = all(slot.dtype == jnp.float32 for slot in state.slots)
-    return optimizer.kernel_name() in native.optimizers() and floats and state.table.dtype in _DTYPES
-
-
-_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+    return optimizer.kernel_name() in native.optimizers() and floats and state.table.dtype in DTYPES
 
 
 def _occurrences(ids: StackIds) -> calls.Occurrences:
     return calls.Occurrences(ids.ids, ids.offsets, None, ids.gains)
-
-
-def _levels(stack: StackPlan) -> tuple[float, ...]:
-    if stack.quantization is None:
-        return ()
-    low, high, levels = stack.quantization.as_tuple()
-    return low, high, (high - low) / (levels - 1)
 
 
 def _stepped(optimizer, state, found, token, gradients, hyper) -> TableState:
@@ -166,11 +157,3 @@ def _stepped(optimizer, state, found, token, gradients, hyper) -> TableState:
     remaining = iter(rest)
     slots = map_slots(lambda _: next(remaining), state.slots)
     return TableState(table, slots, None if touched is None else touched._replace(rows=next(remaining)))
-
-
-def _of_one_dtype(gradients: tuple) -> tuple[jax.Array, ...]:
-    """Returns the blocks as they are if the kernels can read them so, else as float32."""
-    dtypes = {jnp.dtype(block.dtype) for block in gradients}
-    if len(dtypes) == 1 and dtypes.pop() in _DTYPES:
-        return tuple(gradients)
-    return tuple(block.astype(jnp.float32) for block in gradients)

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ class Status(NamedTuple):
     reason: str
 
 
-class _Refusal(Exception):
-    """The library cannot be used; the text says why."""
+class Refusal(Exception):
+    """A library cannot be used; the text says why."""
 
 
 def load() -> Status:
@@ -100,9 +101,9 @@ _opened: dict[str, ctypes.CDLL] = {}
 @functools.cache
 def _load_once() -> Status:
     try:
-        return Status(True, _register(_open(_library_path())))
+        return Status(True, _register(open_library(_library_path())))
     except Exception as error:  # whatever is wrong with a library, JAX and the reference backend still work
-        reason = str(error) if isinstance(error, _Refusal) else f"unexpected {type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, Refusal) else f"unexpected {type(error).__name__}: {error}"
         print(f"embax: native CPU kernels are off ({reason}); using the reference backend", file=sys.stderr)
         return Status(False, reason)
 
@@ -118,31 +119,48 @@ def _library_path() -> Path:
     if named:
         return Path(named)
     if not _native_file().exists():
-        raise _Refusal("not built: embax was installed without a C++ compiler, or runs from an unbuilt checkout")
+        raise Refusal("not built: embax was installed without a C++ compiler, or runs from an unbuilt checkout")
     return _native_file()
 
 
-def _open(path: Path) -> ctypes.CDLL:
+def open_library(path: Path) -> ctypes.CDLL:
+    """Returns the library at ``path``, or raises Refusal."""
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise _Refusal(f"library failed to load: {error}") from error
+        raise Refusal(f"library failed to load: {error}") from error
 
 
 def _register(library: ctypes.CDLL) -> str:
     """Register every kernel of a library whose FFI version fits; returns a line for ``embax inspect``."""
+    versions = check_ffi(library, "embax_ffi_api", _TARGETS)
+    for target in _TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    _opened["library"] = library
+    return versions
+
+
+def check_ffi(library: ctypes.CDLL, version: str, symbols: Sequence[str]) -> str:
+    """Returns the FFI versions of a library and of the running jaxlib, as a line to read.
+
+    Args:
+      library: any of embax's.
+      version: its functions of that name, followed by ``_major`` and ``_minor``, say for which FFI it was built.
+      symbols: what else it must have.
+
+    Raises:
+      Refusal: it does not fit the running jaxlib, or lacks a symbol.
+    """
     try:
-        built = (int(library.embax_ffi_api_major()), int(library.embax_ffi_api_minor()))
-        handlers = [getattr(library, target) for target in _TARGETS]
+        built = tuple(int(getattr(library, f"{version}_{part}")()) for part in ("major", "minor"))
+        for symbol in symbols:
+            getattr(library, symbol)
     except AttributeError as error:
-        raise _Refusal(f"library lacks a symbol: {error}") from error
+        raise Refusal(f"library lacks a symbol: {error}") from error
     running = _running_ffi_version()
     versions = f"built for FFI API {built[0]}.{built[1]}, the running jaxlib offers {running[0]}.{running[1]}"
     if built[0] != running[0] or built[1] > running[1]:
-        raise _Refusal(versions)
-    for target, handler in zip(_TARGETS, handlers, strict=True):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    _opened["library"] = library
+        raise Refusal(versions)
     return versions
 
 
@@ -152,8 +170,8 @@ def _running_ffi_version() -> tuple[int, int]:
     try:
         text = header.read_text(encoding="utf-8")
     except OSError as error:
-        raise _Refusal(f"the running jaxlib does not say which FFI API it offers: {error}") from error
+        raise Refusal(f"the running jaxlib does not say which FFI API it offers: {error}") from error
     found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
     if found[0] is None or found[1] is None:
-        raise _Refusal(f"the running jaxlib does not say which FFI API it offers: no version in {header}")
+        raise Refusal(f"the running jaxlib does not say which FFI API it offers: no version in {header}")
     return int(found[0][1]), int(found[1][1])

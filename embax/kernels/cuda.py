@@ -1,0 +1,350 @@
+"""The CUDA backend: ids are sorted by XLA, the rest is kernels; the reference does what has no kernel, and other platforms.
+
+Every function asks for its kernels before it is traced. Where one cannot be had (a compiler that does not know the card, say),
+a line on stderr says so and the reference's form is traced instead. A program may be lowered for another platform than that of
+the kernels (a step on CPU arrays, where a GPU is there too): it gets the reference's form as well.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from embax.id_batch import StackIds
+from embax.kernels import cuda_calls, cuda_library, reference
+from embax.kernels.operands import DTYPES, levels_of, of_one_dtype
+from embax.optimizers.base import Optimizer, map_slots
+from embax.planning import StackPlan
+from embax.row_gradients import RowGradients
+from embax.table_state import TableState
+
+NAME = "cuda"
+
+
+def unavailable() -> str | None:
+    """Returns why this backend cannot be used: another platform, no driver, nothing to compile with, a failed trial."""
+    platform = jax.default_backend()
+    # A library that was named may be for another platform.
+    if platform == "cpu" and not cuda_library.is_named():
+        return f"the default JAX backend is {platform}"
+    return _tried(cuda_library.file())
+
+
+def reason() -> str:
+    """Returns what the backend runs on: cards, compiler, versions."""
+    return cuda_library.load().reason
+
+
+def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
+    """Returns the activations of each feature of the stack."""
+    dtype, levels = stack.activation_dtype, levels_of(stack)
+    one = ids.gains is None and all(valency == 1 for valency in ids.valencies)
+
+    def kernel(table, ids):
+        parts = ids.ids, ids.offsets, ids.gains, ids.samples
+        return cuda_calls.gather_pool(table, *parts, dtype, levels, one=one)
+
+    if not _ready(
+        "lookups", lambda: cuda_calls.gather_programs(table, dtype, one, ids.gains is not None, bool(levels))
+    ):
+        return reference.gather_pool(stack, table, ids)
+    return _on_card(kernel, functools.partial(reference.gather_pool, stack), table, ids)
+
+
+def update(
+    stack: StackPlan, state: TableState, ids: StackIds, token: jax.Array, gradients: tuple, hyper: Any
+) -> TableState:
+    """Returns the state after one step on the rows that ``ids`` touch."""
+    if not ids.ids.shape[0] or not sum(ids.samples):
+        return state
+    optimizer, gained = stack.optimizer, ids.gains is not None
+    gradients = _blocks(gradients)
+    if not has_kernel(optimizer, state):
+        return apply(optimizer, state, row_gradients(stack, ids, token, gradients), hyper)
+
+    def programs():
+        parts = optimizer.kernel_name(), state.table, gradients, ids.ids.shape[0], gained, False
+        return cuda_calls.update_programs(*parts) + _samples_programs(ids)
+
+    def kernel(state, ids, token, gradients, hyper):
+        return _stepped(optimizer, state, _entries(stack, ids), token, gradients, hyper)
+
+    otherwise = functools.partial(reference.update, stack)
+    if not _ready("updates", programs):
+        return otherwise(state, ids, token, gradients, hyper)
+    return _on_card(kernel, otherwise, state, ids, token, gradients, hyper)
+
+
+def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper: Any) -> TableState:
+    """Returns the state after one step on the rows of ``gradient``."""
+    count, total = gradient.rows.shape[0], state.table.shape[0]
+    otherwise = functools.partial(reference.apply, optimizer)
+    if not count:
+        return state
+    if not has_kernel(optimizer, state):
+        return otherwise(state, gradient, hyper)
+    values = of_one_dtype((gradient.values,))
+
+    def kernel(state, gradient, hyper):
+        # Compared before they are narrowed: a row beyond 32 bits must not come back as another one.
+        valid = (gradient.rows >= 0) & (gradient.rows < total)
+        rows = jnp.where(valid, gradient.rows, total).astype(jnp.int32)
+        values = of_one_dtype((gradient.values,))
+        return _stepped(optimizer, state, cuda_calls.Entries(rows), rows, values, hyper, apart=True)
+
+    parts = optimizer.kernel_name(), state.table, values, count, False, True
+    if not _ready("updates", lambda: cuda_calls.update_programs(*parts)):
+        return otherwise(state, gradient, hyper)
+    return _on_card(kernel, otherwise, state, gradient, hyper)
+
+
+def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: tuple) -> RowGradients:
+    """Returns the gradient of a stack's table."""
+    otherwise = functools.partial(reference.row_gradients, stack)
+    if not ids.ids.shape[0] or not sum(ids.samples):
+        return otherwise(ids, token, gradients)
+    gradients = _blocks(gradients)
+
+    def programs():
+        parts = gradients, ids.ids.shape[0], ids.gains is not None
+        return cuda_calls.row_gradient_programs(*parts) + _samples_programs(ids)
+
+    def kernel(ids, token, gradients):
+        parts = cuda_calls.row_gradients(_entries(stack, ids), token, gradients, stack.rows)
+        return RowGradients(*parts, stack.rows)
+
+    if not _ready("row gradients", programs):
+        return otherwise(ids, token, gradients)
+    return _on_card(kernel, otherwise, ids, token, gradients)
+
+
+def sum_rows(rows: jax.Array, values: jax.Array, samples: Any, gains: Any, vocabulary_size: int) -> RowGradients:
+    """Returns the sums of ``gains[i] * values[samples[i]]`` over the occurrences i of each row."""
+    blocks = of_one_dtype((values,))
+    ready = (
+        bool(rows.shape[0] and values.shape[0] and values.shape[1])
+        and vocabulary_size > 0
+        and _ready(
+            "row gradients",
+            lambda: cuda_calls.row_gradient_programs(blocks, rows.shape[0], gains is not None),
+        )
+    )
+    if not ready:
+        return reference.sum_rows(rows, values, samples, gains, vocabulary_size)
+    return _summed(rows, values, samples, gains, vocabulary_size)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _summed(rows, values, samples, gains, vocabulary_size):
+    def kernel(rows, values, samples, gains):
+        present = jnp.where((rows >= 0) & (rows < vocabulary_size), rows, vocabulary_size)
+        entries = sorted_entries(present, samples, gains)
+        parts = cuda_calls.row_gradients(entries, rows, of_one_dtype((values,)), vocabulary_size)
+        return RowGradients(*parts, vocabulary_size)
+
+    otherwise = functools.partial(reference.sum_rows, vocabulary_size=vocabulary_size)
+    return _on_card(kernel, otherwise, rows, values, samples, gains)
+
+
+@_summed.defjvp
+def _summed_jvp(vocabulary_size, primals, tangents):
+    # A derivative of the gradients, in forward mode as the reference has it.
+    reference_sum = functools.partial(reference.sum_rows, vocabulary_size=vocabulary_size)
+    return _summed(*primals, vocabulary_size), jax.jvp(reference_sum, primals, tangents)[1]
+
+
+def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: jax.Array) -> jax.Array:
+    """Returns the derivatives of the gains."""
+    if not ids.ids.shape[0] or not gradients.shape[0]:
+        return jnp.zeros(ids.ids.shape[0], jnp.float32)
+    if not _ready(
+        "derivatives of gains", lambda: cuda_calls.product_programs(table, gradients, bool(levels_of(stack)))
+    ):
+        return reference.row_products(stack, table, ids, gradients)
+    return _products(stack, (ids.samples, ids.valencies), table, gradients, ids.ids, ids.offsets)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _products(stack, form, table, gradients, ids, offsets):
+    def kernel(table, gradients, ids, offsets):
+        return cuda_calls.row_products(table, ids, offsets, gradients, levels_of(stack))
+
+    otherwise = functools.partial(_reference_products, stack, form)
+    return _on_card(kernel, otherwise, table, gradients, ids, offsets)
+
+
+@_products.defjvp
+def _products_jvp(stack, form, primals, tangents):
+    otherwise = functools.partial(_reference_products, stack, form)
+    return _products(stack, form, *primals), jax.jvp(otherwise, primals, tangents)[1]
+
+
+def _reference_products(stack, form, table, gradients, ids, offsets):
+    return reference.row_products(stack, table, StackIds(ids, offsets, None, *form), gradients)
+
+
+def take(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the rows ``[n]`` of ``table``, NaN where there is none."""
+    if table.dtype not in DTYPES or not _ready(
+        "rows one by one", lambda: cuda_calls.gather_programs(table, table.dtype, True, False, False)
+    ):
+        return reference.take(table, rows)
+    return _on_card(cuda_calls.gather_rows, reference.take, table, rows)
+
+
+def distinct_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the distinct rows among ``ids``, and each id's place among them."""
+    otherwise = functools.partial(reference.distinct_rows, rows=rows)
+    if not min(ids.shape[0], rows) or not _ready("distinct rows", cuda_calls.runs_programs):
+        return otherwise(ids)
+
+    def kernel(ids):
+        present = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(jnp.int32)
+        entries = sorted_entries(present, None, None)
+        return cuda_calls.distinct_rows(entries.keys, entries.samples, rows)
+
+    return _on_card(kernel, otherwise, ids)
+
+
+def has_kernel(optimizer: Optimizer, state: TableState) -> bool:
+    """Returns whether there is a kernel that steps this optimizer's rows, stored as they are."""
+    floats = all(slot.dtype == jnp.float32 for slot in state.slots)
+    return optimizer.kernel_name() in cuda_calls.optimizers() and floats and state.table.dtype in DTYPES
+
+
+def sorted_entries(rows: jax.Array, samples: Any, gains: Any) -> cuda_calls.Entries:
+    """Returns occurrences sorted by row, those of one row in order of place.
+
+    XLA sorts a 32-bit key with one 32-bit operand by radix on a GPU, so that is what goes along: the sample, or the place where
+    gains are to be found too.
+
+    Args:
+      rows: int32 ``[n]``, the number of rows for absent ones.
+      samples: int32 ``[n]``, or None: place i is sample i.
+      gains: float32 ``[n]``, or None.
+
+    >>> entries = sorted_entries(jnp.array([5, 3, 6, 7, 3, 0]), None, None)
+    >>> entries.keys.tolist(), entries.samples.tolist()
+    ([0, 3, 3, 5, 6, 7], [5, 1, 4, 0, 2, 3])
+    """
+    places = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    alone = gains is None and samples is not None
+    keys, order = jax.lax.sort((rows.astype(jnp.uint32), samples if alone else places), num_keys=1, is_stable=True)
+    keys = keys.astype(jnp.int32)
+    if alone:
+        return cuda_calls.Entries(keys, order)
+    return cuda_calls.Entries(
+        keys, order if samples is None else samples[order], None if gains is None else gains[order]
+    )
+
+
+def _entries(stack: StackPlan, ids: StackIds) -> cuda_calls.Entries:
+    rows = reference.present_rows(stack, ids)
+    if all(valency == 1 for valency in ids.valencies):
+        samples = None
+    elif None in ids.valencies:
+        samples = cuda_calls.samples_of(ids.offsets, ids.ids.shape[0])
+    else:
+        samples = reference.sample_of_ids(ids)
+    return sorted_entries(rows, samples, ids.gains)
+
+
+def _samples_programs(ids: StackIds) -> str:
+    return cuda_calls.samples_programs() if None in ids.valencies else ""
+
+
+def _stepped(optimizer, state, entries, token, gradients, hyper, apart=False) -> TableState:
+    parts, touched = (state.table, *state.slots), state.touched
+    if touched is not None:
+        parts = (*parts, touched.rows)
+    kernel = optimizer.kernel_name()
+    table, *rest = cuda_calls.update(kernel, parts, entries, token, gradients, hyper, apart=apart)
+    remaining = iter(rest)
+    slots = map_slots(lambda _: next(remaining), state.slots)
+    return TableState(table, slots, None if touched is None else touched._replace(rows=next(remaining)))
+
+
+def _blocks(gradients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Returns the gradients in one dtype that kernels read, and in no more blocks than one call takes."""
+    blocks, most = list(of_one_dtype(gradients)), cuda_calls.most_blocks()
+    if len(blocks) <= most:
+        return tuple(blocks)
+    size = -(-len(blocks) // most)
+    return tuple(jnp.concatenate(blocks[i : i + size]) for i in range(0, len(blocks), size))
+
+
+# ---- whether and where -----------------------------------------------------------------------------------------------
+
+
+def _ready(what: str, programs: Callable[[], str]) -> bool:
+    """Returns whether the kernels of a call are compiled; says, once, why not."""
+    why_not = cuda_library.prepare(programs())
+    if why_not:
+        cuda_library.say(what, why_not)
+    return not why_not
+
+
+def _on_card(kernel: Callable, otherwise: Callable, *operands: Any) -> Any:
+    """Returns what ``kernel`` makes where a program is lowered for the kernels' platform, elsewhere what the reference does."""
+    here = cuda_library.load().platform.lower()
+    return jax.lax.platform_dependent(*operands, default=otherwise, **{here: kernel})
+
+
+@functools.cache
+def _tried(file: Any) -> str | None:
+    """Returns why the library at ``file`` is not used, None if it is: it loads, and six ids come out right."""
+    try:
+        loaded = cuda_library.load()
+        why_not = cuda_library.prepare(cuda_calls.runs_programs()) or _aside(_trial)
+    except Exception as error:  # whatever is wrong, JAX and the reference backend still work
+        why_not = f"{error}"
+    if why_not:
+        cuda_library.say("this process", why_not)
+        return why_not
+    del loaded
+    return None
+
+
+def _aside(check: Callable[[], str | None]) -> str | None:
+    """Runs ``check`` in a thread of its own: nothing that is being traced here is seen there."""
+    found: list[Any] = []
+
+    def run():
+        try:
+            found.append(check())
+        except Exception as error:
+            found.append(f"a trial failed: {type(error).__name__}: {error}".splitlines()[0])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+# Ids 2 0 | 0 7 -1 | in rows 0..3: sums r2 + r0, r0 and nothing; gradients 1, 10 and 100.
+_TABLE = np.arange(8, dtype=np.float32).reshape(4, 2)
+_IDS, _OFFSETS = np.array([2, 0, 0, 7, -1, 3], np.int32), np.array([0, 2, 5, 5], np.int32)
+_WANTED = [[4.0, 6.0], [0.0, 1.0], [0.0, 0.0]], [[11.0, 11.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def _trial() -> str | None:
+    """Looks up and adds up six ids on the first card; returns what is wrong with the results."""
+    device = jax.local_devices()[0]
+    table, ids, offsets = (jax.device_put(array, device) for array in (_TABLE, _IDS, _OFFSETS))
+    gradients = jax.device_put(np.repeat(np.array([[1.0], [10.0], [100.0]], np.float32), 2, axis=1), device)
+
+    @jax.jit
+    def run(table, ids, offsets, gradients):
+        looked_up = cuda_calls.gather_pool(table, ids, offsets, None, (3,), jnp.float32)[0]
+        rows = jnp.where((jnp.arange(6) < offsets[-1]) & (ids >= 0) & (ids < 4), ids, 4)
+        entries = sorted_entries(rows, cuda_calls.samples_of(offsets, 6), None)
+        return looked_up, *cuda_calls.row_gradients(entries, looked_up, (gradients,), 4)
+
+    looked_up, rows, sums = map(np.asarray, run(table, ids, offsets, gradients))
+    if looked_up.tolist() != _WANTED[0] or rows.tolist() != [0, 2, 4, 4] or sums.tolist() != _WANTED[1]:
+        return f"a trial gave {looked_up.tolist()}, rows {rows.tolist()}, sums {sums.tolist()}"
+    return None

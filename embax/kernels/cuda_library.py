@@ -1,0 +1,211 @@
+"""The library of the CUDA kernels: load it, register its calls, have its kernels compiled for the cards at hand.
+
+The library needs no part of CUDA to load: it opens the driver itself, and carries the kernels as text. NVRTC, which comes
+with JAX's CUDA plugin, compiles one program a kernel when it is first wanted; compiled ones are kept on disk (``cubins``). A
+JAX program is traced only after its kernels were compiled, so that trouble can still send it another way. One that was not
+traced here (it comes out of a cache) has its kernels compiled by the same function before it runs.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from embax.kernels import cubins, native, nvrtc
+
+LIBRARY_VARIABLE = "EMBAX_CUDA_LIBRARY"
+"""Environment variable that names another library file than the one installed with embax."""
+
+_TARGETS = tuple(
+    f"embax_cuda_{name}"
+    for name in ("gather_pool", "gather_rows", "row_products", "samples_of", "update", "row_gradients", "distinct_rows")
+)
+_LOCK = threading.RLock()
+_Compiler = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+_TEXT, _INT, _LONG = ctypes.c_char_p, ctypes.c_int, ctypes.c_int64
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "embax_cuda_why_not": (_TEXT, ()),
+    "embax_cuda_platform": (_TEXT, ()),
+    "embax_cuda_architectures": (_INT, (ctypes.POINTER(_INT), _INT)),
+    "embax_cuda_set_compiler": (None, (_Compiler,)),
+    "embax_cuda_add": (None, (_TEXT, _INT, ctypes.c_char_p, ctypes.c_size_t)),
+    "embax_cuda_sources": (_INT, ()),
+    "embax_cuda_source_name": (_TEXT, (_INT,)),
+    "embax_cuda_source_text": (_TEXT, (_INT,)),
+    "embax_cuda_optimizers": (_TEXT, ()),
+    "embax_cuda_gather_programs": (_TEXT, (_INT, _INT, _LONG, _INT, _INT, _INT)),
+    "embax_cuda_product_programs": (_TEXT, (_INT, _INT, _LONG, _INT)),
+    "embax_cuda_samples_programs": (_TEXT, ()),
+    "embax_cuda_runs_programs": (_TEXT, ()),
+    "embax_cuda_row_gradient_programs": (_TEXT, (_INT, _LONG, _LONG, _INT)),
+    "embax_cuda_update_programs": (_TEXT, (_TEXT, _INT, _INT, _LONG, _LONG, _INT, _INT)),
+    "embax_cuda_scratch_numbers": (_LONG, (_LONG,)),
+    "embax_cuda_scratch_rows": (_LONG, (_LONG,)),
+    "embax_cuda_most_blocks": (_INT, ()),
+}
+_MOST_CARDS = 256
+
+
+class Loaded(NamedTuple):
+    """The library, ready: its calls are registered, and what it is to compile with is known.
+
+    Attributes:
+      library: its functions, by ctypes.
+      platform: the JAX platform its calls are registered for: "CUDA".
+      architectures: of the cards at hand, each once: 90 is compute capability 9.0.
+      compiler: makes cubins.
+      sources: the kernels' files, by the name they are included by.
+      reason: what was found, as a line to read.
+    """
+
+    library: Any
+    platform: str
+    architectures: tuple[int, ...]
+    compiler: Any
+    sources: dict[str, str]
+    reason: str
+
+
+def is_named() -> bool:
+    """Returns whether ``EMBAX_CUDA_LIBRARY`` names the library."""
+    return bool(os.environ.get(LIBRARY_VARIABLE))
+
+
+def file() -> Path:
+    """Returns where the library is."""
+    named = os.environ.get(LIBRARY_VARIABLE)
+    return Path(named) if named else Path(__file__).parent / "_native" / "libembax_cuda.so"
+
+
+def load() -> Loaded:
+    """Returns the library, loaded and registered once per process.
+
+    Raises:
+      native.Refusal: it cannot be used; the text says why.
+      nvrtc.NvrtcError: there is nothing to compile with.
+    """
+    with _LOCK:
+        return _load(file())
+
+
+@functools.cache
+def _load(path: Path) -> Loaded:
+    if not path.exists():
+        raise native.Refusal("not built: embax was installed without a C++ compiler, or not on Linux")
+    library = native.open_library(path)
+    versions = native.check_ffi(library, "embax_cuda_ffi_api", [*_TARGETS, *_FUNCTIONS])
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    why_not = library.embax_cuda_why_not()
+    if why_not:
+        raise native.Refusal(why_not.decode())
+    architectures = _architectures(library)
+    compiler = nvrtc.find()
+    sources = {
+        library.embax_cuda_source_name(i).decode(): library.embax_cuda_source_text(i).decode()
+        for i in range(library.embax_cuda_sources())
+    }
+    platform = library.embax_cuda_platform().decode()
+    _register(library, platform)
+    names = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    reason = f"{names}; {compiler!r}; {versions}"
+    loaded = Loaded(library, platform, architectures, compiler, sources, reason)
+    # Kept with the function that it becomes: the library has no other hold on it.
+    library.embax_compiler = _Compiler(functools.partial(_compile, loaded))
+    library.embax_cuda_set_compiler(library.embax_compiler)
+    return loaded
+
+
+def _architectures(library: Any) -> tuple[int, ...]:
+    numbers = (_INT * _MOST_CARDS)()
+    count = library.embax_cuda_architectures(numbers, _MOST_CARDS)
+    if count < 0:
+        raise native.Refusal(f"the CUDA driver reports error {-count}")
+    if not count:
+        raise native.Refusal("the CUDA driver finds no card")
+    return tuple(sorted(set(numbers[:count])))
+
+
+def _register(library: Any, platform: str) -> None:
+    for target in _TARGETS:
+        capsule = jax.ffi.pycapsule(getattr(library, target))
+        if platform == "CUDA":
+            stages = {"initialize": jax.ffi.pycapsule(getattr(library, f"{target}_initialize")), "execute": capsule}
+            jax.ffi.register_ffi_target(target, stages, platform=platform)
+        else:  # XLA has no such stage on CPU
+            jax.ffi.register_ffi_target(target, capsule, platform=platform)
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+class _Compiled:
+    """What this process has compiled, or found on disk: programs with their architectures, and why others failed."""
+
+    def __init__(self):
+        self.done: set[tuple[str, int]] = set()
+        self.failed: dict[tuple[str, int], str] = {}
+        self.kept = cubins.Cubins(cubins.default_folder())
+
+
+_compiled = _Compiled()
+
+
+def prepare(programs: str) -> str | None:
+    """Has the kernels of a call compiled for the cards at hand.
+
+    Args:
+      programs: as the library names them, a line each.
+
+    Returns:
+      None, or why they cannot be compiled.
+    """
+    loaded = load()
+    for program in programs.splitlines():
+        for architecture in loaded.architectures:
+            if _compile(loaded, program.encode(), architecture):
+                return _compiled.failed[program, architecture]
+    return None
+
+
+def _compile(loaded: Loaded, program: bytes, architecture: int) -> int:
+    """Hands the library a program's machine code; returns 0 if it has it. Never raises: C++ calls it."""
+    name = program.decode()
+    with _LOCK:
+        if (name, architecture) in _compiled.done:
+            return 0
+        if (name, architecture) in _compiled.failed:
+            return 1
+        try:
+            source = f'#include "cuda/kernels.h"\nEMBAX_CUDA_KERNEL({name})\n'
+            image = _compiled.kept.get(
+                _key(loaded, name, architecture),
+                lambda: loaded.compiler.compile(source, loaded.sources, architecture),
+            )
+            loaded.library.embax_cuda_add(program, architecture, image, len(image))
+        except Exception as error:  # whatever is wrong with a compiler, JAX and the reference backend still work
+            _compiled.failed[name, architecture] = f"{name}, sm_{architecture}: {error}"
+            return 1
+        _compiled.done.add((name, architecture))
+        return 0
+
+
+def _key(loaded: Loaded, program: str, architecture: int) -> str:
+    """Returns everything that a program's machine code depends on."""
+    text = "".join(f"{name}\n{text}\n" for name, text in sorted(loaded.sources.items()))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    version = ".".join(map(str, loaded.compiler.version))
+    return f"{program}\nsm_{architecture}\nNVRTC {version}\n{' '.join(nvrtc.OPTIONS)}\nsources {digest}\n"
+
+
+@functools.cache
+def say(what: str, why: str) -> None:
+    """Prints, once, that something runs on the reference backend instead, and why."""
+    print(f"embax: CUDA kernels are off for {what} ({why}); using the reference backend", file=sys.stderr)

@@ -252,8 +252,11 @@ class Machine {
     threads_.assign(thread_order_.size(), Thread{});
     for (begun_ = 0; begun_ < threads_.size();) enter(free_fiber());
     while (live()) {
-      if (!release()) return fail(kTimeout, "threads wait for each other");
-      if (failed_) return fail(kFailed, "undefined by CUDA");
+      if (!release()) {
+        say_who_waits();
+        return fail(kTimeout);
+      }
+      if (failed_) return fail(kFailed);
       if (order.shuffles()) order.deal(thread_order_, static_cast<unsigned>(threads_.size()));
       for (const unsigned t : thread_order_) {
         if (threads_[t].state == State::kReady) resume(t);
@@ -389,29 +392,14 @@ class Machine {
     const size_t crossed = (own ^ lane) < segment + width ? own ^ lane : own;
     const size_t from = call.kind == Kind::kXor ? crossed : segment + lane % width;
     if (from < static_cast<size_t>(kWarp) && here(first + from)) return threads_[first + from].call.value;
-    failed_ = true;
+    if (std::exchange(failed_, true)) return 0;
     say("block %u, thread %zu takes lane %zu's number, which is not there: %s, mask %08x, %s:%d", program_->block->x, taker, from,
         name_of(call.kind), call.mask, call.file, call.line);
     return 0;
   }
 
-  // Says who waits where, neighbours of one place in one line; leaves the block as it is.
-  Status fail(Status status, const char* why) {
-    say("block %u of %u: %s", program_->block->x, program_->blocks->x, why);
-    for (size_t t = 0, behind; t < threads_.size(); t = behind) {
-      const Thread& thread = threads_[t];
-      const auto alike = [&](const Thread& other) {
-        return other.state == thread.state && (other.state != State::kWaits || meet(other.call, thread.call));
-      };
-      for (behind = t + 1; behind < threads_.size() && alike(threads_[behind]);) ++behind;
-      const char* const ended = thread.state == State::kEnded ? "ended" : "could go on";
-      if (thread.state == State::kWaits) {
-        say("  threads %zu to %zu wait: %s, mask %08x, %s:%d", t, behind - 1, name_of(thread.call.kind), thread.call.mask,
-            thread.call.file, thread.call.line);
-      } else {
-        say("  threads %zu to %zu: %s", t, behind - 1, ended);
-      }
-    }
+  // Leaves the block as it is; all stacks begin anew.
+  Status fail(Status status) {
     failed_ = false;
     free_.clear();
     for (const auto& fiber : all_) {
@@ -419,6 +407,25 @@ class Machine {
       free_.push_back(fiber.get());
     }
     return status;
+  }
+
+  // Says where threads wait, neighbours of one place in one line, a dozen lines at most.
+  void say_who_waits() const {
+    say("block %u of %u: threads wait for each other", program_->block->x, program_->blocks->x);
+    int lines = 0;
+    for (size_t t = 0, behind; t < threads_.size() && lines < 12; t = behind, ++lines) {
+      const Thread& thread = threads_[t];
+      const auto alike = [&](const Thread& other) {
+        return other.state == thread.state && (other.state != State::kWaits || meet(other.call, thread.call));
+      };
+      for (behind = t + 1; behind < threads_.size() && alike(threads_[behind]);) ++behind;
+      if (thread.state == State::kEnded) {
+        say("  threads %zu to %zu have ended", t, behind - 1);
+      } else {
+        say("  threads %zu to %zu: %s, mask %08x, %s:%d", t, behind - 1, name_of(thread.call.kind), thread.call.mask,
+            thread.call.file, thread.call.line);
+      }
+    }
   }
 
   const Program* program_ = nullptr;

@@ -42,7 +42,8 @@ Driver opened() {
   static CopyAddresses copy_addresses = nullptr;
   const bool copies = bind(library, "cuMemcpyDtoDAsync_v2", copy_addresses);
   d.copy = [](void* to, const void* from, size_t bytes, Stream stream) {
-    return copy_addresses(reinterpret_cast<unsigned long long>(to), reinterpret_cast<unsigned long long>(from), bytes, stream);
+    return copy_addresses(reinterpret_cast<unsigned long long>(to), reinterpret_cast<unsigned long long>(from), bytes,
+                          stream);
   };
   if (!whole || !copies) d.why_not = "the CUDA driver (libcuda.so.1) lacks a function; it is older than CUDA 12";
   return d;

@@ -1,5 +1,5 @@
-// The few functions of the CUDA driver that embax calls, by names of its own: nothing of CUDA is needed to build or to load
-// this. cuda_driver.cc opens the driver that is there; a test gives functions that run kernels on the host.
+// The few functions of the CUDA driver that embax calls, by names of its own: nothing of CUDA is needed to build or
+// to load this. cuda_driver.cc opens the driver that is there; a test gives functions that run kernels on the host.
 
 #ifndef EMBAX_CSRC_CUDA_DRIVER_H_
 #define EMBAX_CSRC_CUDA_DRIVER_H_

@@ -1,5 +1,5 @@
-// What a call launches, planned without touching a card: programs, grids and work orders, one after another. The bindings plan
-// in the initialize stage, to have the kernels loaded, and again to launch; a test plans and looks.
+// What a call launches, planned without touching a card: programs, grids and work orders, one after another. The
+// bindings plan in the initialize stage, to have the kernels loaded, and again to launch; a test plans and looks.
 
 #ifndef EMBAX_CSRC_CUDA_LAUNCH_H_
 #define EMBAX_CSRC_CUDA_LAUNCH_H_
@@ -13,7 +13,8 @@
 
 namespace embax::cuda {
 
-// Blocks for each multiprocessor where blocks walk over rows: eight are at work at a time, the others even out their ends.
+// Blocks for each multiprocessor where blocks walk over rows: eight are at work at a time, the others even out their
+// ends.
 constexpr int64_t kBlocksPerMultiprocessor = 32;
 
 struct Launch {
@@ -65,7 +66,8 @@ inline std::string prepare(const Plan& plan) {
 inline std::string launch(const Plan& plan, Stream stream) {
   if (!plan.wrong.empty()) return plan.wrong;
   for (const Copy& copy : plan.copies) {
-    if (const Status status = driver().copy(copy.to, copy.from, copy.bytes, stream)) return failure("copying a table", status);
+    if (const Status status = driver().copy(copy.to, copy.from, copy.bytes, stream))
+      return failure("copying a table", status);
   }
   for (const Launch& each : plan.launches) {
     Kernel kernel;
@@ -73,8 +75,8 @@ inline std::string launch(const Plan& plan, Stream stream) {
     const int64_t most = kernel.multiprocessors * kBlocksPerMultiprocessor;
     const int64_t blocks = each.strides && each.blocks > most ? most : each.blocks;
     void* parameters[] = {const_cast<char*>(each.work.data())};
-    const Status status = driver().launch(kernel.function, static_cast<unsigned>(blocks), 1, 1, kThreads, 1, 1, 0, stream,
-                                          parameters, nullptr);
+    const Status status = driver().launch(kernel.function, static_cast<unsigned>(blocks), 1, 1, kThreads, 1, 1, 0,
+                                          stream, parameters, nullptr);
     if (status) return failure(("launching " + each.program).c_str(), status);
   }
   return {};

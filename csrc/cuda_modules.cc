@@ -11,8 +11,8 @@
 namespace embax::cuda {
 namespace {
 
-// Makes the image of a program for an architecture (90: compute capability 9.0) and hands it to embax_cuda_add; returns 0
-// if it did.
+// Makes the image of a program for an architecture (90: compute capability 9.0) and hands it to embax_cuda_add;
+// returns 0 if it did.
 using Compiler = int (*)(const char* program, int architecture);
 
 std::mutex mutex;
@@ -23,7 +23,8 @@ std::map<std::pair<Context, std::string>, Kernel> kernels;
 std::string architecture_of(Device device, int& architecture, int& multiprocessors) {
   int major = 0, minor = 0;
   for (auto [which, to] : {std::pair{kMajor, &major}, {kMinor, &minor}, {kMultiprocessors, &multiprocessors}}) {
-    if (const Status status = driver().attribute(to, which, device)) return failure("asking for the card's kind", status);
+    if (const Status status = driver().attribute(to, which, device))
+      return failure("asking for the card's kind", status);
   }
   architecture = 10 * major + minor;
   return {};
@@ -53,14 +54,16 @@ std::string load(const std::string& program, int architecture, Kernel& kernel) {
 
 std::string failure(const char* what, Status status) {
   const char* name = nullptr;
-  if (driver().error_name == nullptr || driver().error_name(status, &name) || name == nullptr) name = "an unknown error";
+  if (driver().error_name == nullptr || driver().error_name(status, &name) || name == nullptr)
+    name = "an unknown error";
   return std::string(what) + ": " + name + " (" + std::to_string(status) + ")";
 }
 
 std::string find_kernel(const std::string& program, Kernel& kernel) {
   if (driver().why_not != nullptr) return driver().why_not;
   Context context = nullptr;
-  if (const Status status = driver().current_context(&context)) return failure("asking for the current context", status);
+  if (const Status status = driver().current_context(&context))
+    return failure("asking for the current context", status);
   {
     const std::lock_guard lock(mutex);
     if (const auto found = kernels.find({context, program}); found != kernels.end()) {
@@ -91,8 +94,8 @@ extern "C" const char* embax_cuda_why_not() { return embax::cuda::driver().why_n
 
 extern "C" const char* embax_cuda_platform() { return embax::cuda::platform(); }
 
-// The architectures of the cards at hand, at most `room`, each as often as there are such cards; returns their number, or
-// minus the driver's error.
+// The architectures of the cards at hand, at most `room`, each as often as there are such cards; returns their
+// number, or minus the driver's error.
 extern "C" int embax_cuda_architectures(int* architectures, int room) {
   const auto& driver = embax::cuda::driver();
   int count = 0;
@@ -119,7 +122,8 @@ extern "C" void embax_cuda_add(const char* program, int architecture, const void
   embax::cuda::images[{program, architecture}].assign(begin, begin + bytes);
 }
 
-// The kernels' source, file by file, in the version of this library: names by which they include each other, and texts.
+// The kernels' source, file by file, in the version of this library: names by which they include each other, and
+// texts.
 extern "C" int embax_cuda_sources() { return embax::cuda::kSources; }
 extern "C" const char* embax_cuda_source_name(int i) { return embax::cuda::kSourceNames[i]; }
 extern "C" const char* embax_cuda_source_text(int i) { return embax::cuda::kSourceTexts[i]; }

@@ -1,5 +1,5 @@
-// Compiled programs: from images of machine code to kernels of the card at hand. Who compiles is told from outside (Python,
-// which finds NVRTC); here images are kept by program and architecture, and loaded once for each context.
+// Compiled programs: from images of machine code to kernels of the card at hand. Who compiles is told from outside
+// (Python, which finds NVRTC); here images are kept by program and architecture, and loaded once for each context.
 
 #ifndef EMBAX_CSRC_CUDA_MODULES_H_
 #define EMBAX_CSRC_CUDA_MODULES_H_
@@ -15,8 +15,8 @@ struct Kernel {
   int multiprocessors;  // of its card
 };
 
-// Finds a program's kernel for the current context, compiling and loading it where that was not done before. Returns what is
-// wrong, or an empty text.
+// Finds a program's kernel for the current context, compiling and loading it where that was not done before. Returns
+// what is wrong, or an empty text.
 std::string find_kernel(const std::string& program, Kernel& kernel);
 
 // "what: the driver's name of the error".

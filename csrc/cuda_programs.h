@@ -1,5 +1,5 @@
-// Which kernels a call launches: the names of their programs, in the order of launches. One place says so, for the bindings, which
-// launch them, and for Python, which has them compiled before a program that calls them is made.
+// Which kernels a call launches: the names of their programs, in the order of launches. One place says so, for the
+// bindings, which launch them, and for Python, which has them compiled before a program that calls them is made.
 
 #ifndef EMBAX_CSRC_CUDA_PROGRAMS_H_
 #define EMBAX_CSRC_CUDA_PROGRAMS_H_
@@ -31,8 +31,8 @@ inline std::string yes_or_no(bool value) { return value ? "true" : "false"; }
 // `one`: every sample has one id, and there are no gains.
 inline Programs gather_programs(Dtype table, Dtype out, int64_t dim, bool one, bool gained, bool levelled) {
   if (one) return {program("GatherOne", {type_name(table), type_name(out), std::to_string(dim), yes_or_no(levelled)})};
-  return {program("GatherPool", {type_name(table), type_name(out), std::to_string(dim), yes_or_no(gained),
-                                 yes_or_no(levelled)})};
+  return {program("GatherPool",
+                  {type_name(table), type_name(out), std::to_string(dim), yes_or_no(gained), yes_or_no(levelled)})};
 }
 
 inline Programs product_programs(Dtype table, Dtype gradients, int64_t dim, bool levelled) {

@@ -1,4 +1,5 @@
-// What the FFI bindings of the CUDA kernels share: buffers into work orders, with every shape, dtype and address checked.
+// What the FFI bindings of the CUDA kernels share: buffers into work orders, with every shape, dtype and address
+// checked.
 
 #ifndef EMBAX_CSRC_FFI_CUDA_COMMON_H_
 #define EMBAX_CSRC_FFI_CUDA_COMMON_H_
@@ -25,7 +26,8 @@ class BlocksMaker {
  public:
   // Returns what is wrong, or an empty text.
   std::string add(const Rows& rows, int64_t dim) {
-    if (rows.rows < 0 || rows.dim != dim || (seen_ && rows.dtype != dtype_)) return "must be [samples, dim] of one dtype";
+    if (rows.rows < 0 || rows.dim != dim || (seen_ && rows.dtype != dtype_))
+      return "must be [samples, dim] of one dtype";
     if (!aligned(rows.data)) return "must begin at a multiple of 16 bytes";
     dtype_ = rows.dtype, seen_ = true;
     if (rows.rows == 0) return {};  // a block without samples would be nobody's
@@ -76,8 +78,8 @@ using StreamOf = ffi::PlatformStream<Stream>;
 inline Stream stream_of(Stream stream) { return stream; }
 #endif
 
-// The two handlers of a call that `plan` plans: one has its kernels loaded, the other launches them. What they launch may be
-// captured into a graph: nothing in it waits, allocates, or depends on when it runs.
+// The two handlers of a call that `plan` plans: one has its kernels loaded, the other launches them. What they launch
+// may be captured into a graph: nothing in it waits, allocates, or depends on when it runs.
 template <auto plan>
 struct Call;
 template <typename... Operands, Plan (*plan)(Operands...)>
@@ -99,11 +101,11 @@ struct xla::ffi::CtxDecoding<embax::cuda::NoStream> {
 #endif
 
 // Defines NAME and NAME_initialize, by what PLAN plans of the operands that BINDING binds.
-#define EMBAX_CUDA_HANDLERS(NAME, PLAN, BINDING)                                                           \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME##_initialize, embax::cuda::Call<PLAN>::initialize,                    \
-                                xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>() BINDING);     \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, embax::cuda::Call<PLAN>::execute,                                    \
-                                xla::ffi::Ffi::Bind().Ctx<embax::cuda::StreamOf>() BINDING,                \
+#define EMBAX_CUDA_HANDLERS(NAME, PLAN, BINDING)                                                       \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME##_initialize, embax::cuda::Call<PLAN>::initialize,                \
+                                xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>() BINDING); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, embax::cuda::Call<PLAN>::execute,                                \
+                                xla::ffi::Ffi::Bind().Ctx<embax::cuda::StreamOf>() BINDING,            \
                                 {xla::ffi::Traits::kCmdBufferCompatible})
 
 #endif  // EMBAX_CSRC_FFI_CUDA_COMMON_H_

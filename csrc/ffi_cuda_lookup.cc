@@ -35,7 +35,8 @@ std::string parts_of(ffi::RemainingRets& rets, int64_t dim, std::vector<Part>& p
     if (parts.back().blocks.blocks().count == kMaxBlocks) {
       parts.push_back({parts.back().first_sample + parts.back().blocks.samples(), {}});
     }
-    if (const auto wrong = parts.back().blocks.add(rows_of(**out), dim); !wrong.empty()) return "gather_pool: results " + wrong;
+    if (const auto wrong = parts.back().blocks.add(rows_of(**out), dim); !wrong.empty())
+      return "gather_pool: results " + wrong;
   }
   return {};
 }
@@ -44,7 +45,8 @@ Plan plan_gather_pool(ffi::AnyBuffer table_buffer, IntVector ids, IntVector offs
                       ffi::RemainingRets rets, LevelsAttribute levels, bool one) {
   const Rows table = rows_of(table_buffer);
   GatherWork work{};
-  if (!fits(table) || !set_levels(levels, work)) return refused("gather_pool: the table must be [rows, dim], levels 3 numbers");
+  if (!fits(table) || !set_levels(levels, work))
+    return refused("gather_pool: the table must be [rows, dim], levels 3 numbers");
   std::vector<Part> parts;
   if (const auto wrong = parts_of(rets, table.dim, parts); !wrong.empty()) return refused(wrong);
   const int64_t samples = parts.back().first_sample + parts.back().blocks.samples();
@@ -66,7 +68,8 @@ Plan plan_gather_pool(ffi::AnyBuffer table_buffer, IntVector ids, IntVector offs
     work.out = part.blocks.blocks();
     work.streams = samples * table.dim * kDtypeSize[static_cast<int>(dtype)] > kStreamBytes / 4;
     const int64_t in_block = groups_of(table.dim) * (one ? together_of(table.dim) : 1);
-    plan.add(gather_programs(table.dtype, dtype, table.dim, one, gained, levelled)[0], blocks_for(work.samples, in_block), work);
+    plan.add(gather_programs(table.dtype, dtype, table.dim, one, gained, levelled)[0],
+             blocks_for(work.samples, in_block), work);
   }
   return plan;
 }
@@ -75,7 +78,8 @@ Plan plan_gather_rows(ffi::AnyBuffer table_buffer, IntVector ids, ffi::Result<ff
   const Rows table = rows_of(table_buffer), out = rows_of(*out_buffer);
   const int64_t count = ids.dimensions()[0];
   BlocksMaker blocks;
-  if (!fits(table) || out.rows != count || out.dtype != table.dtype || count > kMostIds || !blocks.add(out, table.dim).empty()) {
+  if (!fits(table) || out.rows != count || out.dtype != table.dtype || count > kMostIds ||
+      !blocks.add(out, table.dim).empty()) {
     return refused("gather_rows: the result must be [ids, dim] of the table's dtype");
   }
   Plan plan;
@@ -88,7 +92,8 @@ Plan plan_gather_rows(ffi::AnyBuffer table_buffer, IntVector ids, ffi::Result<ff
   work.out = blocks.blocks();
   work.streams = count * table.dim * kDtypeSize[static_cast<int>(table.dtype)] > kStreamBytes / 4;
   const int64_t in_block = groups_of(table.dim) * together_of(table.dim);
-  plan.add(gather_programs(table.dtype, table.dtype, table.dim, true, false, false)[0], blocks_for(count, in_block), work);
+  plan.add(gather_programs(table.dtype, table.dtype, table.dim, true, false, false)[0], blocks_for(count, in_block),
+           work);
   return plan;
 }
 
@@ -102,7 +107,8 @@ Plan plan_row_products(ffi::AnyBuffer table_buffer, IntVector ids, IntVector off
     return refused("row_products: ids, offsets, gradients and the result do not fit each other");
   }
   Plan plan;
-  if (count == 0 || samples <= 0 || table.dim == 0) return refused("row_products: there must be ids, samples and columns");
+  if (count == 0 || samples <= 0 || table.dim == 0)
+    return refused("row_products: there must be ids, samples and columns");
   work.table = table.data, work.rows = table.rows;
   work.ids = ids.typed_data(), work.offsets = offsets.typed_data();
   work.gradients = gradients.data;
@@ -115,9 +121,11 @@ Plan plan_row_products(ffi::AnyBuffer table_buffer, IntVector ids, IntVector off
 
 Plan plan_samples_of(IntVector offsets, ffi::Result<IntVector> out) {
   const int64_t samples = offsets.dimensions()[0] - 1, count = out->dimensions()[0];
-  if (samples < 1 || samples > kMostIds || count > kMostIds) return refused("samples_of: there must be samples, 2^31 at most");
+  if (samples < 1 || samples > kMostIds || count > kMostIds)
+    return refused("samples_of: there must be samples, 2^31 at most");
   Plan plan;
-  const SamplesWork work{offsets.typed_data(), static_cast<int32_t>(samples), static_cast<int32_t>(count), out->typed_data()};
+  const SamplesWork work{offsets.typed_data(), static_cast<int32_t>(samples), static_cast<int32_t>(count),
+                         out->typed_data()};
   plan.add(samples_programs()[0], blocks_for(count, kThreads), work);
   return plan;
 }
@@ -125,12 +133,12 @@ Plan plan_samples_of(IntVector offsets, ffi::Result<IntVector> out) {
 }  // namespace
 }  // namespace embax::cuda
 
-#define EMBAX_GATHER_POOL               \
-  .Arg<xla::ffi::AnyBuffer>()           \
-      .Arg<embax::IntVector>()          \
-      .Arg<embax::IntVector>()          \
-      .Arg<embax::FloatVector>()        \
-      .RemainingRets()                  \
+#define EMBAX_GATHER_POOL                     \
+  .Arg<xla::ffi::AnyBuffer>()                 \
+      .Arg<embax::IntVector>()                \
+      .Arg<embax::IntVector>()                \
+      .Arg<embax::FloatVector>()              \
+      .RemainingRets()                        \
       .Attr<embax::LevelsAttribute>("levels") \
       .Attr<bool>("one")
 EMBAX_CUDA_HANDLERS(embax_cuda_gather_pool, embax::cuda::plan_gather_pool, EMBAX_GATHER_POOL);
@@ -138,12 +146,12 @@ EMBAX_CUDA_HANDLERS(embax_cuda_gather_pool, embax::cuda::plan_gather_pool, EMBAX
 #define EMBAX_GATHER_ROWS .Arg<xla::ffi::AnyBuffer>().Arg<embax::IntVector>().Ret<xla::ffi::AnyBuffer>()
 EMBAX_CUDA_HANDLERS(embax_cuda_gather_rows, embax::cuda::plan_gather_rows, EMBAX_GATHER_ROWS);
 
-#define EMBAX_ROW_PRODUCTS       \
-  .Arg<xla::ffi::AnyBuffer>()    \
-      .Arg<embax::IntVector>()   \
-      .Arg<embax::IntVector>()   \
+#define EMBAX_ROW_PRODUCTS        \
+  .Arg<xla::ffi::AnyBuffer>()     \
+      .Arg<embax::IntVector>()    \
+      .Arg<embax::IntVector>()    \
       .Arg<xla::ffi::AnyBuffer>() \
-      .Ret<embax::FloatVector>() \
+      .Ret<embax::FloatVector>()  \
       .Attr<embax::LevelsAttribute>("levels")
 EMBAX_CUDA_HANDLERS(embax_cuda_row_products, embax::cuda::plan_row_products, EMBAX_ROW_PRODUCTS);
 

@@ -1,4 +1,5 @@
-// XLA FFI bindings of the CUDA updates: a step in place, row gradients, distinct rows; and what Python asks before it calls them.
+// XLA FFI bindings of the CUDA updates: a step in place, row gradients, distinct rows; and what Python asks before it
+// calls them.
 
 #include <mutex>
 #include <set>
@@ -78,7 +79,8 @@ void add_sums(const Programs& programs, RunsWork& runs, float* sums, int64_t dim
 
 // A result in place of an operand of the same shape; where XLA gave it memory of its own, a copy goes first.
 void* in_place(const ffi::AnyBuffer& from, const ffi::AnyBuffer& to, Plan& plan) {
-  if (to.untyped_data() != from.untyped_data()) plan.copies.push_back({to.untyped_data(), from.untyped_data(), from.size_bytes()});
+  if (to.untyped_data() != from.untyped_data())
+    plan.copies.push_back({to.untyped_data(), from.untyped_data(), from.size_bytes()});
   return to.untyped_data();
 }
 
@@ -137,13 +139,12 @@ std::string scratch_of(ffi::RemainingRets& rets, int64_t count, int64_t dim, Scr
   return {};
 }
 
-
-// Operands: sorted keys, samples and gains; an activation that is not read (the update comes after the lookup for its sake);
-// scalars; then table, slots and marks, which are the results too, then the gradients of each feature. Behind those results is
-// scratch.
-Plan plan_update(IntVector keys, IntVector samples, FloatVector gains, ffi::AnyBuffer, FloatVector hyper, FloatVector modifiers,
-                 Seed seed, ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view optimizer, bool stochastic,
-                 bool apart) {
+// Operands: sorted keys, samples and gains; an activation that is not read (the update comes after the lookup for its
+// sake); scalars; then table, slots and marks, which are the results too, then the gradients of each feature. Behind
+// those results is scratch.
+Plan plan_update(IntVector keys, IntVector samples, FloatVector gains, ffi::AnyBuffer, FloatVector hyper,
+                 FloatVector modifiers, Seed seed, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                 std::string_view optimizer, bool stochastic, bool apart) {
   const Formula* formula = formula_named(std::string(optimizer));
   if (formula == nullptr) return refused("update: there is no kernel named " + std::string(optimizer));
   Plan plan;
@@ -152,11 +153,15 @@ Plan plan_update(IntVector keys, IntVector samples, FloatVector gains, ffi::AnyB
   const size_t scratch_results = apart ? 0 : 2;
   if (rets.size() < 1 + scratch_results) return refused("update: results are missing");
   const size_t parts = rets.size() - scratch_results;
-  if (auto wrong = place(args, rets, parts, *formula, work, table, plan); !wrong.empty()) return refused("update: " + wrong);
+  if (auto wrong = place(args, rets, parts, *formula, work, table, plan); !wrong.empty())
+    return refused("update: " + wrong);
   BlocksMaker gradients;
-  if (auto wrong = read_gradients(args, parts, table.dim, gradients); !wrong.empty()) return refused("update: " + wrong);
-  if (auto wrong = read_entries(keys, samples, gains, gradients, work); !wrong.empty()) return refused("update: " + wrong);
-  if (hyper.dimensions()[0] != kHyper || modifiers.dimensions()[0] != 3) return refused("update: hyperparameters do not fit");
+  if (auto wrong = read_gradients(args, parts, table.dim, gradients); !wrong.empty())
+    return refused("update: " + wrong);
+  if (auto wrong = read_entries(keys, samples, gains, gradients, work); !wrong.empty())
+    return refused("update: " + wrong);
+  if (hyper.dimensions()[0] != kHyper || modifiers.dimensions()[0] != 3)
+    return refused("update: hyperparameters do not fit");
   if (work.count == 0 || gradients.samples() == 0 || table.rows == 0 || table.dim == 0) return plan;
   work.hyper = hyper.typed_data();
   work.modifiers = modifiers.typed_data();
@@ -167,7 +172,8 @@ Plan plan_update(IntVector keys, IntVector samples, FloatVector gains, ffi::AnyB
       update_programs(formula->text, table.dtype, gradients.dtype(), table.dim, work.count, gained, apart);
   if (!apart) {
     Scratch scratch{};
-    if (auto wrong = scratch_of(rets, work.count, table.dim, scratch); !wrong.empty()) return refused("update: " + wrong);
+    if (auto wrong = scratch_of(rets, work.count, table.dim, scratch); !wrong.empty())
+      return refused("update: " + wrong);
     RunsWork runs = runs_in(scratch.numbers, work.keys, work.count, table.rows);
     add_sums(programs, runs, scratch.sums, table.dim, work, plan);
   }
@@ -181,18 +187,21 @@ Plan plan_row_gradients(IntVector keys, IntVector samples, FloatVector gains, ff
   if (rets.size() != 4) return refused("row_gradients: there must be rows, sums and two scratch results");
   auto unique = rets.get<ffi::Buffer<ffi::S32, 1>>(0);
   auto values = rets.get<ffi::Buffer<ffi::F32, 2>>(1);
-  if (!unique.has_value() || !values.has_value()) return refused("row_gradients: rows must be int32 [n], sums float32 [n, dim]");
+  if (!unique.has_value() || !values.has_value())
+    return refused("row_gradients: rows must be int32 [n], sums float32 [n, dim]");
   const int64_t room = (*unique)->dimensions()[0], dim = (*values)->dimensions()[1];
   StepWork work{};
   BlocksMaker gradients;
   if (auto wrong = read_gradients(args, 0, dim, gradients); !wrong.empty()) return refused("row_gradients: " + wrong);
-  if (auto wrong = read_entries(keys, samples, gains, gradients, work); !wrong.empty()) return refused("row_gradients: " + wrong);
+  if (auto wrong = read_entries(keys, samples, gains, gradients, work); !wrong.empty())
+    return refused("row_gradients: " + wrong);
   if (rows < 0 || rows > std::numeric_limits<int32_t>::max() || (*values)->dimensions()[0] != room ||
       room != std::min<int64_t>(work.count, rows) || room == 0 || dim == 0 || !aligned((*values)->typed_data())) {
     return refused("row_gradients: the results must hold min(keys, rows) rows, one at least");
   }
   Scratch scratch{};
-  if (auto wrong = scratch_of(rets, work.count, dim, scratch); !wrong.empty()) return refused("row_gradients: " + wrong);
+  if (auto wrong = scratch_of(rets, work.count, dim, scratch); !wrong.empty())
+    return refused("row_gradients: " + wrong);
   work.rows = rows;
   work.room = static_cast<int32_t>(room);
   work.out_values = (*values)->typed_data();
@@ -227,18 +236,18 @@ Plan plan_distinct_rows(IntVector keys, IntVector order, ffi::Result<IntVector> 
 }  // namespace
 }  // namespace embax::cuda
 
-#define EMBAX_UPDATE              \
-  .Arg<embax::IntVector>()        \
-      .Arg<embax::IntVector>()    \
-      .Arg<embax::FloatVector>()  \
-      .Arg<xla::ffi::AnyBuffer>() \
-      .Arg<embax::FloatVector>()  \
-      .Arg<embax::FloatVector>()  \
-      .Arg<embax::cuda::Seed>()   \
-      .RemainingArgs()            \
-      .RemainingRets()            \
+#define EMBAX_UPDATE                       \
+  .Arg<embax::IntVector>()                 \
+      .Arg<embax::IntVector>()             \
+      .Arg<embax::FloatVector>()           \
+      .Arg<xla::ffi::AnyBuffer>()          \
+      .Arg<embax::FloatVector>()           \
+      .Arg<embax::FloatVector>()           \
+      .Arg<embax::cuda::Seed>()            \
+      .RemainingArgs()                     \
+      .RemainingRets()                     \
       .Attr<std::string_view>("optimizer") \
-      .Attr<bool>("stochastic")   \
+      .Attr<bool>("stochastic")            \
       .Attr<bool>("apart")
 EMBAX_CUDA_HANDLERS(embax_cuda_update, embax::cuda::plan_update, EMBAX_UPDATE);
 
@@ -252,12 +261,12 @@ EMBAX_CUDA_HANDLERS(embax_cuda_update, embax::cuda::plan_update, EMBAX_UPDATE);
       .Attr<int64_t>("rows")
 EMBAX_CUDA_HANDLERS(embax_cuda_row_gradients, embax::cuda::plan_row_gradients, EMBAX_ROW_GRADIENTS);
 
-#define EMBAX_DISTINCT_ROWS      \
-  .Arg<embax::IntVector>()       \
-      .Arg<embax::IntVector>()   \
-      .Ret<embax::IntVector>()   \
-      .Ret<embax::IntVector>()   \
-      .Ret<embax::IntVector>()   \
+#define EMBAX_DISTINCT_ROWS    \
+  .Arg<embax::IntVector>()     \
+      .Arg<embax::IntVector>() \
+      .Ret<embax::IntVector>() \
+      .Ret<embax::IntVector>() \
+      .Ret<embax::IntVector>() \
       .Attr<int64_t>("rows")
 EMBAX_CUDA_HANDLERS(embax_cuda_distinct_rows, embax::cuda::plan_distinct_rows, EMBAX_DISTINCT_ROWS);
 
@@ -290,11 +299,12 @@ extern "C" const char* embax_cuda_runs_programs() { return lines(embax::cuda::ru
 extern "C" const char* embax_cuda_row_gradient_programs(int gradients, int64_t dim, int64_t count, int gained) {
   return lines(embax::cuda::row_gradient_programs(dtype(gradients), dim, count, gained != 0));
 }
-extern "C" const char* embax_cuda_update_programs(const char* optimizer, int table, int gradients, int64_t dim, int64_t count,
-                                                  int gained, int apart) {
+extern "C" const char* embax_cuda_update_programs(const char* optimizer, int table, int gradients, int64_t dim,
+                                                  int64_t count, int gained, int apart) {
   const embax::cuda::Formula* formula = embax::cuda::formula_named(optimizer);
   if (formula == nullptr) return "";
-  return lines(embax::cuda::update_programs(formula->text, dtype(table), dtype(gradients), dim, count, gained != 0, apart != 0));
+  return lines(
+      embax::cuda::update_programs(formula->text, dtype(table), dtype(gradients), dim, count, gained != 0, apart != 0));
 }
 extern "C" int64_t embax_cuda_scratch_numbers(int64_t count) { return embax::cuda::scratch_numbers(count); }
 extern "C" int64_t embax_cuda_scratch_rows(int64_t count) { return embax::cuda::scratch_rows(count); }

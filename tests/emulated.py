@@ -1,7 +1,7 @@
 """The CUDA backend on the host: its library built with an emulated driver, its kernels by the host's compiler.
 
-Where there is no card this runs the very sources that a card would run: plans of launches, index arithmetic, barriers and
-formulas. `install` makes the backend "cuda" available in this process; it has to be named, nothing chooses it.
+Where there is no card this runs the very sources that a card would run: plans of launches, index arithmetic, barriers
+and formulas. `install` makes the backend "cuda" available in this process; it has to be named, nothing chooses it.
 """
 
 import functools
@@ -109,5 +109,6 @@ def _digest(*texts):
 def _no_sources():
     return (
         "#pragma once\nnamespace embax::cuda {\nconstexpr int kSources = 0;\n"
-        "constexpr const char* const* kSourceNames = nullptr;\nconstexpr const char* const* kSourceTexts = nullptr;\n}\n"
+        "constexpr const char* const* kSourceNames = nullptr;\n"
+        "constexpr const char* const* kSourceTexts = nullptr;\n}\n"
     )

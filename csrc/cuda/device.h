@@ -1,7 +1,7 @@
 // What the CUDA kernels ask of their compiler, and the numbers of a row as a lane holds them.
 //
-// NVRTC compiles these files on the machine that runs them: no headers but those of this folder and the formulas. A test
-// compiles them for the host, with threads that it makes itself (csrc/test/emulated.h).
+// NVRTC compiles these files on the machine that runs them: no headers but those of this folder and the formulas. A
+// test compiles them for the host, with threads that it makes itself (csrc/test/emulated.h).
 
 #ifndef EMBAX_CSRC_CUDA_DEVICE_H_
 #define EMBAX_CSRC_CUDA_DEVICE_H_
@@ -16,12 +16,13 @@
 
 #define EMBAX_DEVICE __device__ __forceinline__
 
-// The one kernel of a program: K::run over K::Work. The work order lies where the kernel's parameters do, and may be indexed.
+// The one kernel of a program: K::run over K::Work. The work order lies where the kernel's parameters do, and may be
+// indexed.
 #ifndef EMBAX_CUDA_KERNEL
-#define EMBAX_CUDA_KERNEL(...)                                                                \
-  extern "C" __global__ void __launch_bounds__(embax::cuda::kThreads)                         \
-      embax_kernel(const __grid_constant__ typename __VA_ARGS__::Work work) {                 \
-    __VA_ARGS__::run(work);                                                                   \
+#define EMBAX_CUDA_KERNEL(...)                                                \
+  extern "C" __global__ void __launch_bounds__(embax::cuda::kThreads)         \
+      embax_kernel(const __grid_constant__ typename __VA_ARGS__::Work work) { \
+    __VA_ARGS__::run(work);                                                   \
   }
 #endif
 
@@ -132,7 +133,7 @@ struct Group {
   static constexpr int kLanes = lanes_of(dim), kVector = vector_of(dim), kGroups = groups_of(dim);
   static constexpr int kStrip = kLanes * kVector;
   static constexpr int kAll = static_cast<int>(strips_of(dim));
-  static constexpr int kHeld = kAll < kStrips ? kAll : kStrips;          // strips in hand at a time
+  static constexpr int kHeld = kAll < kStrips ? kAll : kStrips;  // strips in hand at a time
   static constexpr int kPasses = (kAll + kHeld - 1) / kHeld;
   using V = Numbers<kVector>;
 
@@ -146,7 +147,9 @@ struct Group {
     return static_cast<int64_t>(pass * kHeld + strip) * kStrip + lane() * kVector;
   }
   // Whether strips may end past the row, or lanes may have none: known where rows fill their strips.
-  EMBAX_DEVICE static bool holds(int64_t column) { return kAll % kHeld == 0 && dim % kStrip == 0 ? true : column < dim; }
+  EMBAX_DEVICE static bool holds(int64_t column) {
+    return kAll % kHeld == 0 && dim % kStrip == 0 ? true : column < dim;
+  }
 
   // The sum of every lane's value, for all of the group, in an order that only the number of lanes says.
   EMBAX_DEVICE static float sum(float value) {

@@ -16,7 +16,8 @@ struct GatherOne {
 
   static EMBAX_DEVICE void run(const Work& work) {
     const int64_t block = static_cast<int64_t>(blockIdx.x) * (G::kGroups * kTogether) + G::in_block();
-    const int used = work.offsets == nullptr ? work.capacity : clamped(__ldg(work.offsets + work.samples), work.capacity);
+    const int used =
+        work.offsets == nullptr ? work.capacity : clamped(__ldg(work.offsets + work.samples), work.capacity);
     int id[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) {
@@ -44,7 +45,8 @@ struct GatherOne {
   static EMBAX_DEVICE typename G::V value_of(const Work& work, int id, int64_t column) {
     typename G::V values;
     if (is_row(id, work.rows)) {
-      values = load_constant<T, G::kVector>(static_cast<const T*>(work.table) + static_cast<int64_t>(id) * dim + column);
+      values =
+          load_constant<T, G::kVector>(static_cast<const T*>(work.table) + static_cast<int64_t>(id) * dim + column);
       if constexpr (levelled) round_to_levels(values, work.low, work.high, work.width);
     } else {
 #pragma unroll
@@ -97,7 +99,8 @@ struct GatherPool {
 #pragma unroll
       for (int t = 0; t < kAhead; ++t) {
         if (!is_row(id[t], work.rows)) continue;
-        values[t] = load_constant<T, G::kVector>(static_cast<const T*>(work.table) + static_cast<int64_t>(id[t]) * dim + column);
+        values[t] = load_constant<T, G::kVector>(static_cast<const T*>(work.table) + static_cast<int64_t>(id[t]) * dim +
+                                                 column);
       }
 #pragma unroll
       for (int t = 0; t < kAhead; ++t) {

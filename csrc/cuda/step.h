@@ -1,8 +1,10 @@
-// One optimizer step on every row that a batch touched, or the sums of their gradients: step.h of the CPU, for a card.
+// One optimizer step on every row that a batch touched, or the sums of their gradients: step.h of the CPU, for a
+// card.
 //
-// Entries come sorted by row. A group of threads has a run: it adds up the gradients of its entries in their order, whole tiles
-// and fields of a long run by their sums (see kPiece), then reads the row, steps it and writes it: once, by one group. So no
-// number is added by two, and the bits of a result depend on the entries alone, not on how blocks are scheduled.
+// Entries come sorted by row. A group of threads has a run: it adds up the gradients of its entries in their order,
+// whole tiles and fields of a long run by their sums (see kPiece), then reads the row, steps it and writes it: once,
+// by one group. So no number is added by two, and the bits of a result depend on the entries alone, not on how blocks
+// are scheduled.
 
 #ifndef EMBAX_CSRC_CUDA_STEP_H_
 #define EMBAX_CSRC_CUDA_STEP_H_
@@ -54,7 +56,8 @@ struct Sums {
   // Adds a whole run.
   static EMBAX_DEVICE void add_run(const StepWork& work, int pass, int begin, int end, V* total) {
     for (int at = begin; at < end;) {
-      const int tile = at / kPiece, behind = tile * kPiece + kPiece;  // at most count + kPiece: no overflow, see the binding
+      const int tile = at / kPiece,
+                behind = tile * kPiece + kPiece;  // at most count + kPiece: no overflow, see the binding
       if (at % kPiece != 0 || behind > end) {
         const int until = behind < end ? behind : end;
         add_entries(work, pass, at, until, total);
@@ -275,15 +278,13 @@ struct Step {
       V gradient[G::kHeld];
       Held held(work, row, 0);
       sum(work, 0, begin, end, gradient);
-      factors = factors_of(work, c, row, [&](float scale, float l2) {
-        return G::sum(squares_of(gradient, held, 0, scale, l2));
-      });
+      factors = factors_of(work, c, row,
+                           [&](float scale, float l2) { return G::sum(squares_of(gradient, held, 0, scale, l2)); });
       step_strips(work, c, row, 0, factors, gradient, held);
     } else {
       if (c.squares) {
-        factors = factors_of(work, c, row, [&](float scale, float l2) {
-          return all_squares(work, row, begin, end, scale, l2);
-        });
+        factors = factors_of(work, c, row,
+                             [&](float scale, float l2) { return all_squares(work, row, begin, end, scale, l2); });
       }
 #pragma unroll 1
       for (int pass = 0; pass < G::kPasses; ++pass) {

@@ -1,8 +1,9 @@
-// Work orders of the CUDA kernels, and how a row's numbers are dealt out to threads: read by the kernels' compiler and by
-// the bindings' compiler, which must see the same bytes and the same arithmetic.
+// Work orders of the CUDA kernels, and how a row's numbers are dealt out to threads: read by the kernels' compiler
+// and by the bindings' compiler, which must see the same bytes and the same arithmetic.
 //
-// A row belongs to a group of threads, its lanes, neighbours in a warp. A lane holds `vector` neighbouring numbers, then those
-// one strip further on. Rows of 10 numbers, vector 2, lanes 8 (a power of two; lanes 5, 6 and 7 have nothing to do):
+// A row belongs to a group of threads, its lanes, neighbours in a warp. A lane holds `vector` neighbouring numbers,
+// then those one strip further on. Rows of 10 numbers, vector 2, lanes 8 (a power of two; lanes 5, 6 and 7 have
+// nothing to do):
 //
 //   numbers  0 1 | 2 3 | 4 5 | 6 7 | 8 9
 //   lane       0     1     2     3     4
@@ -54,9 +55,9 @@ EMBAX_RULE int together_of(int64_t dim) { return strips_of(dim) >= 4 ? 1 : strip
 // Sorted occurrences that a block of count_runs and write_runs has: 4 to a thread.
 constexpr int kRunTile = 4 * kThreads;
 
-// A long run is added up in pieces: kPiece entries from one multiple of kPiece to the next are a tile, kPiece tiles a field.
-// Tiles that lie in one run are summed by a group each, then fields by those sums; who steps the row adds up what lies
-// before, between and behind. With kPiece = 4, the run 2..13:
+// A long run is added up in pieces: kPiece entries from one multiple of kPiece to the next are a tile, kPiece tiles a
+// field. Tiles that lie in one run are summed by a group each, then fields by those sums; who steps the row adds up
+// what lies before, between and behind. With kPiece = 4, the run 2..13:
 //
 //   entries  2 3 | 4 5 6 7 | 8 9 10 11 | 12 13         e2 + e3 + tile 1 + tile 2 + e12 + e13
 constexpr int kPiece = 128;
@@ -64,14 +65,14 @@ constexpr int kPiece = 128;
 // The activations of a stack, or their gradients: a block for each feature.
 constexpr int kMaxBlocks = 128;
 struct Blocks {
-  void* at[kMaxBlocks];             // [samples of the block, dim]
-  int32_t first[kMaxBlocks + 1];    // its first sample; behind the last: all samples
+  void* at[kMaxBlocks];           // [samples of the block, dim]
+  int32_t first[kMaxBlocks + 1];  // its first sample; behind the last: all samples
   int32_t count;
   int32_t each;  // samples of every block where that is one number, else 0
 };
 
-// out[s] = sum over j in sample s of gains[j] * table[ids[j]]. Without offsets position j is sample j, and absent rows are
-// `fill` (its bits): rows one by one.
+// out[s] = sum over j in sample s of gains[j] * table[ids[j]]. Without offsets position j is sample j, and absent
+// rows are `fill` (its bits): rows one by one.
 struct GatherWork {
   const void* table;
   int64_t rows;
@@ -81,7 +82,7 @@ struct GatherWork {
   int32_t capacity;
   int32_t samples;
   uint32_t fill;
-  int32_t streams;  // out is too large to stay in the cache
+  int32_t streams;         // out is too large to stay in the cache
   float low, high, width;  // of the levels that rows are rounded to
   Blocks out;
 };

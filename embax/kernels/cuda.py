@@ -1,8 +1,9 @@
-"""The CUDA backend: ids are sorted by XLA, the rest is kernels; the reference does what has no kernel, and other platforms.
+"""The CUDA backend: ids are sorted by XLA, the rest is kernels, or the reference where there is none.
 
-Every function asks for its kernels before it is traced. Where one cannot be had (a compiler that does not know the card, say),
-a line on stderr says so and the reference's form is traced instead. A program may be lowered for another platform than that of
-the kernels (a step on CPU arrays, where a GPU is there too): it gets the reference's form as well.
+Every function asks for its kernels before it is traced. Where one cannot be had (a compiler that does not know the
+card, say), a line on stderr says so and the reference's form is traced instead. A program may be lowered for another
+platform than that of the kernels (a step on CPU arrays, where a GPU is there too): it gets the reference's form as
+well.
 """
 
 import functools
@@ -48,9 +49,8 @@ def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.
         parts = ids.ids, ids.offsets, ids.gains, ids.samples
         return cuda_calls.gather_pool(table, *parts, dtype, levels, one=one)
 
-    if not _ready(
-        "lookups", lambda: cuda_calls.gather_programs(table, dtype, one, ids.gains is not None, bool(levels))
-    ):
+    gained = ids.gains is not None
+    if not _ready("lookups", lambda: cuda_calls.gather_programs(table, dtype, one, gained, bool(levels))):
         return reference.gather_pool(stack, table, ids)
     return _on_card(kernel, functools.partial(reference.gather_pool, stack), table, ids)
 
@@ -67,7 +67,7 @@ def update(
         return apply(optimizer, state, row_gradients(stack, ids, token, gradients), hyper)
 
     def programs():
-        parts = optimizer.kernel_name(), state.table, gradients, ids.ids.shape[0], gained, False
+        parts = str(optimizer.kernel_name()), state.table, gradients, ids.ids.shape[0], gained, False
         return cuda_calls.update_programs(*parts) + _samples_programs(ids)
 
     def kernel(state, ids, token, gradients, hyper):
@@ -96,7 +96,7 @@ def apply(optimizer: Optimizer, state: TableState, gradient: RowGradients, hyper
         values = of_one_dtype((gradient.values,))
         return _stepped(optimizer, state, cuda_calls.Entries(rows), rows, values, hyper, apart=True)
 
-    parts = optimizer.kernel_name(), state.table, values, count, False, True
+    parts = str(optimizer.kernel_name()), state.table, values, count, False, True
     if not _ready("updates", lambda: cuda_calls.update_programs(*parts)):
         return otherwise(state, gradient, hyper)
     return _on_card(kernel, otherwise, state, gradient, hyper)
@@ -124,17 +124,12 @@ def row_gradients(stack: StackPlan, ids: StackIds, token: jax.Array, gradients: 
 
 def sum_rows(rows: jax.Array, values: jax.Array, samples: Any, gains: Any, vocabulary_size: int) -> RowGradients:
     """Returns the sums of ``gains[i] * values[samples[i]]`` over the occurrences i of each row."""
-    blocks = of_one_dtype((values,))
-    ready = (
-        bool(rows.shape[0] and values.shape[0] and values.shape[1])
-        and vocabulary_size > 0
-        and _ready(
-            "row gradients",
-            lambda: cuda_calls.row_gradient_programs(blocks, rows.shape[0], gains is not None),
-        )
-    )
-    if not ready:
-        return reference.sum_rows(rows, values, samples, gains, vocabulary_size)
+    otherwise = functools.partial(reference.sum_rows, rows, values, samples, gains, vocabulary_size)
+    if not (rows.shape[0] and values.size and vocabulary_size):
+        return otherwise()
+    parts = of_one_dtype((values,)), rows.shape[0], gains is not None
+    if not _ready("row gradients", lambda: cuda_calls.row_gradient_programs(*parts)):
+        return otherwise()
     return _summed(rows, values, samples, gains, vocabulary_size)
 
 
@@ -161,9 +156,8 @@ def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: j
     """Returns the derivatives of the gains."""
     if not ids.ids.shape[0] or not gradients.shape[0]:
         return jnp.zeros(ids.ids.shape[0], jnp.float32)
-    if not _ready(
-        "derivatives of gains", lambda: cuda_calls.product_programs(table, gradients, bool(levels_of(stack)))
-    ):
+    levelled = bool(levels_of(stack))
+    if not _ready("derivatives of gains", lambda: cuda_calls.product_programs(table, gradients, levelled)):
         return reference.row_products(stack, table, ids, gradients)
     return _products(stack, (ids.samples, ids.valencies), table, gradients, ids.ids, ids.offsets)
 
@@ -219,8 +213,8 @@ def has_kernel(optimizer: Optimizer, state: TableState) -> bool:
 def sorted_entries(rows: jax.Array, samples: Any, gains: Any) -> cuda_calls.Entries:
     """Returns occurrences sorted by row, those of one row in order of place.
 
-    XLA sorts a 32-bit key with one 32-bit operand by radix on a GPU, so that is what goes along: the sample, or the place where
-    gains are to be found too.
+    XLA sorts a 32-bit key with one 32-bit operand by radix on a GPU, so that is what goes along: the sample, or the
+    place where gains are to be found too.
 
     Args:
       rows: int32 ``[n]``, the number of rows for absent ones.
@@ -232,14 +226,12 @@ def sorted_entries(rows: jax.Array, samples: Any, gains: Any) -> cuda_calls.Entr
     ([0, 3, 3, 5, 6, 7], [5, 1, 4, 0, 2, 3])
     """
     places = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    alone = gains is None and samples is not None
-    keys, order = jax.lax.sort((rows.astype(jnp.uint32), samples if alone else places), num_keys=1, is_stable=True)
-    keys = keys.astype(jnp.int32)
-    if alone:
-        return cuda_calls.Entries(keys, order)
-    return cuda_calls.Entries(
-        keys, order if samples is None else samples[order], None if gains is None else gains[order]
-    )
+    words = rows.astype(jnp.uint32)
+    if gains is None:
+        keys, samples = jax.lax.sort((words, places if samples is None else samples), num_keys=1, is_stable=True)
+        return cuda_calls.Entries(keys.astype(jnp.int32), samples)
+    keys, order = jax.lax.sort((words, places), num_keys=1, is_stable=True)
+    return cuda_calls.Entries(keys.astype(jnp.int32), order if samples is None else samples[order], gains[order])
 
 
 def _entries(stack: StackPlan, ids: StackIds) -> cuda_calls.Entries:
@@ -261,7 +253,7 @@ def _stepped(optimizer, state, entries, token, gradients, hyper, apart=False) ->
     parts, touched = (state.table, *state.slots), state.touched
     if touched is not None:
         parts = (*parts, touched.rows)
-    kernel = optimizer.kernel_name()
+    kernel = str(optimizer.kernel_name())
     table, *rest = cuda_calls.update(kernel, parts, entries, token, gradients, hyper, apart=apart)
     remaining = iter(rest)
     slots = map_slots(lambda _: next(remaining), state.slots)
@@ -277,7 +269,8 @@ def _blocks(gradients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(jnp.concatenate(blocks[i : i + size]) for i in range(0, len(blocks), size))
 
 
-# ---- whether and where -----------------------------------------------------------------------------------------------
+# ---- whether and where
+# -----------------------------------------------------------------------------------------------
 
 
 def _ready(what: str, programs: Callable[[], str]) -> bool:
@@ -289,7 +282,7 @@ def _ready(what: str, programs: Callable[[], str]) -> bool:
 
 
 def _on_card(kernel: Callable, otherwise: Callable, *operands: Any) -> Any:
-    """Returns what ``kernel`` makes where a program is lowered for the kernels' platform, elsewhere what the reference does."""
+    """Returns what ``kernel`` makes where a program is lowered for its platform, elsewhere what the reference does."""
     here = cuda_library.load().platform.lower()
     return jax.lax.platform_dependent(*operands, default=otherwise, **{here: kernel})
 

@@ -1,7 +1,7 @@
 """The calls of the CUDA kernels: operands in order, shapes of the results and of scratch, what is written in place.
 
-Nothing is computed here. Scratch comes as results that nobody reads, so that XLA has it among its temporaries. Each call has a
-function beside it that names its kernels, to be compiled beforehand (``cuda_library.prepare``).
+Nothing is computed here. Scratch comes as results that nobody reads, so that XLA has it among its temporaries. Each
+call has a function beside it that names its kernels, to be compiled beforehand (``cuda_library.prepare``).
 """
 
 from collections.abc import Sequence
@@ -158,7 +158,8 @@ def row_gradient_programs(gradients: Sequence[Any], count: int, gained: bool) ->
 def distinct_rows(keys: jax.Array, order: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Returns the distinct ones among sorted ``keys``, and the place among them of each key where ``order`` says.
 
-    Both int32: ``[min(n, rows)]``, filled up with ``rows``, and ``[n]``; the place of an absent key is ``min(n, rows)``.
+    Both int32: ``[min(n, rows)]``, filled up with ``rows``, and ``[n]``; the place of an absent key is ``min(n,
+    rows)``.
     """
     count = keys.shape[0]
     shapes = [((min(count, rows),), jnp.int32), ((count,), jnp.int32), _scratch(count, 0)[0]]

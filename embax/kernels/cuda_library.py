@@ -1,9 +1,10 @@
 """The library of the CUDA kernels: load it, register its calls, have its kernels compiled for the cards at hand.
 
-The library needs no part of CUDA to load: it opens the driver itself, and carries the kernels as text. NVRTC, which comes
-with JAX's CUDA plugin, compiles one program a kernel when it is first wanted; compiled ones are kept on disk (``cubins``). A
-JAX program is traced only after its kernels were compiled, so that trouble can still send it another way. One that was not
-traced here (it comes out of a cache) has its kernels compiled by the same function before it runs.
+The library needs no part of CUDA to load: it opens the driver itself, and carries the kernels as text. NVRTC, which
+comes with JAX's CUDA plugin, compiles one program a kernel when it is first wanted; compiled ones are kept on disk
+(``cubins``). A JAX program is traced only after its kernels were compiled, so that trouble can still send it another
+way. One that was not traced here (it comes out of a cache) has its kernels compiled by the same function before it
+runs.
 """
 
 import ctypes
@@ -50,6 +51,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "embax_cuda_most_blocks": (_INT, ()),
 }
 _MOST_CARDS = 256
+_callbacks: list[Any] = []  # a function lives as long as the library that may call it
 
 
 class Loaded(NamedTuple):
@@ -117,9 +119,8 @@ def _load(path: Path) -> Loaded:
     names = ", ".join(f"sm_{architecture}" for architecture in architectures)
     reason = f"{names}; {compiler!r}; {versions}"
     loaded = Loaded(library, platform, architectures, compiler, sources, reason)
-    # Kept with the function that it becomes: the library has no other hold on it.
-    library.embax_compiler = _Compiler(functools.partial(_compile, loaded))
-    library.embax_cuda_set_compiler(library.embax_compiler)
+    _callbacks.append(_Compiler(functools.partial(_compile, loaded)))
+    library.embax_cuda_set_compiler(_callbacks[-1])
     return loaded
 
 
@@ -143,7 +144,8 @@ def _register(library: Any, platform: str) -> None:
             jax.ffi.register_ffi_target(target, capsule, platform=platform)
 
 
-# ---- compiling -------------------------------------------------------------------------------------------------------
+# ---- compiling
+# -------------------------------------------------------------------------------------------------------
 
 
 class _Compiled:

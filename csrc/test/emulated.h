@@ -54,16 +54,16 @@ struct Program {
 #define __forceinline__ inline
 #define __shared__ static __attribute__((section("embax_shared")))
 
-// No program takes a function or a block's memory from another.
-#pragma GCC visibility push(hidden)
-
 extern "C" {
-extern char __start_embax_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_embax_shared[] __attribute__((weak, visibility("hidden")));
 float sqrtf(float) noexcept;
 float powf(float, float) noexcept;
 float rintf(float) noexcept;
+extern char __start_embax_shared[] __attribute__((weak, visibility("hidden")));  // what the linker calls the section's ends
+extern char __stop_embax_shared[] __attribute__((weak, visibility("hidden")));
 }
+
+// No program takes a function or a block's memory from another.
+#pragma GCC visibility push(hidden)
 
 static embax::emulated::Index threadIdx, blockIdx, blockDim, gridDim;
 static uint32_t (*embax_wait)(const embax::emulated::Call&);

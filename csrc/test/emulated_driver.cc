@@ -17,6 +17,7 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
@@ -182,15 +183,15 @@ class Order {
     if (!backward_) state_ = std::strtoull(asked, nullptr, 10) * 2 + 1;
   }
 
-  // Numbers below `count`, anew at each call where they are shuffled.
-  void deal(std::vector<unsigned>& numbers, unsigned count) {
-    numbers.resize(count);
-    std::iota(numbers.begin(), numbers.end(), 0u);
-    for (unsigned i = 0; backward_ && i < count / 2; ++i) std::swap(numbers[i], numbers[count - 1 - i]);
-    for (unsigned i = count; state_ != 0 && i > 1; --i) std::swap(numbers[i - 1], numbers[random() % i]);
+  // Arranges what has come forward.
+  void arrange(std::vector<unsigned>& numbers) {
+    if (backward_) std::reverse(numbers.begin(), numbers.end());
+    for (size_t i = numbers.size(); state_ != 0 && i > 1; --i) std::swap(numbers[i - 1], numbers[random() % i]);
   }
 
-  bool shuffles() const { return state_ != 0; }
+  // Where among so many to begin to look for who goes on, and in which steps.
+  size_t start(size_t count) { return state_ != 0 ? random() % count : backward_ ? count - 1 : 0; }
+  size_t step(size_t count) const { return backward_ ? count - 1 : 1; }
 
  private:
   uint64_t random() {
@@ -202,10 +203,10 @@ class Order {
   uint64_t state_ = 0;
 };
 
-enum class State { kToBegin, kReady, kWaits, kEnded };
+enum class State { kRuns, kWaits, kEnded };
 
 struct Thread {
-  State state = State::kToBegin;
+  State state = State::kRuns;
   Call call{};
   uint32_t result = 0;
   Fiber* fiber = nullptr;
@@ -231,8 +232,12 @@ class Machine {
     *program.blocks = {blocks, 1, 1};
     *program.wait = [](const Call& call) { return only().wait(call); };
     Order order;
-    order.deal(block_order_, blocks);
-    order.deal(thread_order_, threads);
+    block_order_.resize(blocks);
+    std::iota(block_order_.begin(), block_order_.end(), 0u);
+    order.arrange(block_order_);
+    thread_order_.resize(threads);
+    std::iota(thread_order_.begin(), thread_order_.end(), 0u);
+    order.arrange(thread_order_);
     Status status = kSuccess;
     for (size_t i = 0; i < block_order_.size() && status == kSuccess; ++i) {
       *program.block = {block_order_[i], 0, 0};
@@ -250,26 +255,19 @@ class Machine {
  private:
   Status run_block(Order& order) {
     threads_.assign(thread_order_.size(), Thread{});
+    ended_ = 0;
     for (begun_ = 0; begun_ < threads_.size();) enter(free_fiber());
-    while (live()) {
-      if (!release()) {
+    while (ended_ < threads_.size()) {
+      ready_.clear();
+      if (!release_lanes(order) && !release_barrier()) {
         say_who_waits();
         return fail(kTimeout);
       }
       if (failed_) return fail(kFailed);
-      if (order.shuffles()) order.deal(thread_order_, static_cast<unsigned>(threads_.size()));
-      for (const unsigned t : thread_order_) {
-        if (threads_[t].state == State::kReady) resume(t);
-      }
+      order.arrange(ready_);
+      for (const unsigned t : ready_) resume(t);
     }
     return kSuccess;
-  }
-
-  bool live() const {
-    for (const Thread& thread : threads_) {
-      if (thread.state != State::kEnded) return true;
-    }
-    return false;
   }
 
   // Stacks: each runs threads that have not begun, one after another, until one of them waits.
@@ -290,6 +288,7 @@ class Machine {
   }
 
   void resume(unsigned t) {
+    threads_[t].state = State::kRuns;
     set_current(t);
     enter(*threads_[t].fiber);
   }
@@ -308,6 +307,7 @@ class Machine {
         set_current(thread_order_[begun_++]);
         program_->run(work_);
         threads_[current_].state = State::kEnded;
+        ++ended_;
       }
       free_.push_back(running_);
       leave();
@@ -323,18 +323,18 @@ class Machine {
     return thread.result;
   }
 
-  // Who waits may go on when everybody is there. Returns whether anybody may.
+  // Who waits may go on when everybody is there. Lanes go first, one call at a time, so that warps get as far from each other as
+  // barriers let them.
 
-  bool release() {
-    bool any = release_barrier();
-    for (size_t t = 0; t < threads_.size(); ++t) {
-      const Thread& thread = threads_[t];
-      if (thread.state == State::kWaits && thread.call.kind >= Kind::kBallot && complete(t)) {
-        release_warp(t);
-        any = true;
-      }
+  bool release_lanes(Order& order) {
+    const size_t count = threads_.size(), step = order.step(count);
+    size_t t = order.start(count);
+    for (size_t i = 0; i < count; ++i, t = (t + step) % count) {
+      if (threads_[t].state != State::kWaits || threads_[t].call.kind < Kind::kBallot || !complete(t)) continue;
+      give(t);
+      return true;
     }
-    return any;
+    return false;
   }
 
   bool release_barrier() {
@@ -347,8 +347,8 @@ class Machine {
       if (!meet(first->call, thread.call)) return false;
       sum += thread.call.value;
     }
-    for (Thread& thread : threads_) {
-      if (thread.state == State::kWaits) thread.result = sum, thread.state = State::kReady;
+    for (size_t t = 0; t < threads_.size(); ++t) {
+      if (threads_[t].state == State::kWaits) threads_[t].result = sum, ready_.push_back(static_cast<unsigned>(t));
     }
     return true;
   }
@@ -365,8 +365,9 @@ class Machine {
     return true;
   }
 
-  void release_warp(size_t t) {
-    const size_t first = t / kWarp * kWarp, behind = first + kWarp < threads_.size() ? first + kWarp : threads_.size();
+  // Gives the lanes of thread t's call what they ask for.
+  void give(size_t t) {
+    const size_t first = t / kWarp * kWarp, behind = std::min(first + kWarp, threads_.size());
     const Call call = threads_[t].call;
     const auto here = [&](size_t other) {
       return other < behind && (call.mask >> (other - first) & 1u) != 0 && threads_[other].state != State::kEnded;
@@ -378,9 +379,7 @@ class Machine {
     for (size_t other = first; other < behind; ++other) {
       if (!here(other)) continue;
       threads_[other].result = call.kind == Kind::kBallot ? ballot : taken(first, other, here);
-    }
-    for (size_t other = first; other < behind; ++other) {
-      if (here(other)) threads_[other].state = State::kReady;
+      ready_.push_back(static_cast<unsigned>(other));
     }
   }
 
@@ -432,7 +431,8 @@ class Machine {
   const void* work_ = nullptr;
   std::vector<unsigned> block_order_, thread_order_;
   std::vector<Thread> threads_;
-  size_t begun_ = 0;
+  std::vector<unsigned> ready_;
+  size_t begun_ = 0, ended_ = 0;
   unsigned current_ = 0;
   bool failed_ = false;
   Fiber caller_;

@@ -321,7 +321,7 @@ void test_entries(const std::vector<Library>& all, cuda::Module runs) {
   for (int end = 0; end < 3000;) few.push_back(end += 1 + static_cast<int>(below(below(9) ? 7 : 400)));
   const std::vector<std::vector<int>> cases = {{}, {1}, single, few, {127, 128, 129, 257, 384, 385, 512, 1024},
                                                {16384, 33000, 33001, 33129}, {16383, 32769, 34000}, {16385, 33024, 36000},
-                                               {5, 20005, 20006}, {49152}, {128}, {1023, 1024, 1025, 2048}};
+                                               {5, 20005, 20006}, {49152}, {127}, {128}, {1023, 1024, 1025, 2048}};
   for (const auto& ends : cases) {
     for (int absent : {0, 1, 2500}) {
       if (ends.empty() && absent == 0) continue;

@@ -188,12 +188,12 @@ def test_backends_are_chosen_by_name_environment_and_availability(monkeypatch):
     assert kernels.choose("reference").reason == "named in the plan"
     monkeypatch.setenv("EMBAX_BACKEND", "gpu")
     with pytest.raises(
-        ValueError, match=r"backend 'gpu' \(forced by EMBAX_BACKEND\) does not exist; there are cpu, reference"
+        ValueError, match=r"backend 'gpu' \(forced by EMBAX_BACKEND\) does not exist; there are cpu, cuda, reference"
     ):
         kernels.choose()
     monkeypatch.delenv("EMBAX_BACKEND")
     monkeypatch.setattr(kernels.get("cpu"), "unavailable", lambda: "switched off")
-    assert kernels.choose() == ("reference", "not cpu: switched off")
+    assert kernels.choose() == ("reference", "not cpu: switched off; not cuda: the default JAX backend is cpu")
     with pytest.raises(ValueError, match=r"backend 'cpu' \(named in the plan\) cannot run here: switched off"):
         kernels.choose("cpu")
 

@@ -220,6 +220,7 @@ def test_inspect_shows_the_run(run):
     assert all(table["name"] in out for table in document(run)["tables"]) and "split: test, step: 8, auc 0." in out
     code, out, _ = verbs.embax("inspect", "--backend")
     assert code == 0 and out.startswith("backend: ")
+    assert "  cuda: off: the default JAX backend is cpu\n  reference: plain XLA, on every platform" in out
 
 
 def test_half_a_line_of_a_run_that_was_killed_is_no_fault(run, tmp_path):

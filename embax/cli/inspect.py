@@ -24,7 +24,7 @@ def inspect(
 ) -> None:
     """Show what the run in RUN has, or the nearest neighbours of one of its values."""
     if backend or run is None:
-        typer.echo(_backend())
+        typer.echo("\n  ".join([_backend(), *kernels.described()]))
     if run is None:
         if not backend:
             raise CommandError("name the folder of a run, or give --backend")

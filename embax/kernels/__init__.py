@@ -16,7 +16,7 @@ from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
 from embax.table_state import TableState
 
-# In order of preference; reference is always available and comes last.
+# In order of preference; each is for one platform, but reference, which is always available and comes last.
 REGISTRY = {"cpu": "embax.kernels.cpu", "cuda": "embax.kernels.cuda", "reference": "embax.kernels.reference"}
 
 
@@ -27,6 +27,10 @@ class Backend(Protocol):
 
     def unavailable(self) -> str | None:
         """Returns why this backend cannot run here, or None if it can."""
+        ...
+
+    def reason(self) -> str:
+        """Returns what this backend runs on, where it is available."""
         ...
 
     def gather_pool(self, stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
@@ -103,6 +107,20 @@ def choose(name: str | None = None) -> Choice:
             return Choice(candidate, "; ".join(reasons) or "the fastest for this platform")
         reasons.append(f"not {candidate}: {why_not}")
     raise AssertionError("the reference backend is always available")
+
+
+def described() -> list[str]:
+    """Returns a line for each backend: what it runs on here, or why it cannot.
+
+    >>> described()[-1]
+    'reference: plain XLA, on every platform'
+    """
+    lines = []
+    for name in REGISTRY:
+        backend = get(name)
+        why_not = backend.unavailable()
+        lines.append(f"{name}: off: {why_not}" if why_not else f"{name}: {backend.reason()}")
+    return lines
 
 
 def get(name: str) -> Backend:

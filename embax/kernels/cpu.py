@@ -25,6 +25,11 @@ def unavailable() -> str | None:
     return None if status.available else status.reason
 
 
+def reason() -> str:
+    """Returns what this backend runs on: the vector width of the kernels, versions."""
+    return f"{native.vector_width()} kernels; {native.load().reason}"
+
+
 def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
     """Returns the activations of each feature of the stack."""
     return calls.gather_pool(table, _occurrences(ids), ids.samples, stack.activation_dtype, levels_of(stack))

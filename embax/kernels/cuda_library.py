@@ -23,10 +23,6 @@ from embax.kernels import cubins, native, nvrtc
 LIBRARY_VARIABLE = "EMBAX_CUDA_LIBRARY"
 """Environment variable that names another library file than the one installed with embax."""
 
-_TARGETS = tuple(
-    f"embax_cuda_{name}"
-    for name in ("gather_pool", "gather_rows", "row_products", "samples_of", "update", "row_gradients", "distinct_rows")
-)
 _LOCK = threading.RLock()
 _Compiler = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 _TEXT, _INT, _LONG = ctypes.c_char_p, ctypes.c_int, ctypes.c_int64
@@ -101,7 +97,7 @@ def _load(path: Path) -> Loaded:
     if not path.exists():
         raise native.Refusal("not built: embax was installed without a C++ compiler, or not on Linux")
     library = native.open_library(path)
-    versions = native.check_ffi(library, "embax_cuda_ffi_api", [*_TARGETS, *_FUNCTIONS])
+    versions = native.check_ffi(library, "embax_cuda_ffi_api", [*native.CUDA_TARGETS, *_FUNCTIONS])
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -135,7 +131,7 @@ def _architectures(library: Any) -> tuple[int, ...]:
 
 
 def _register(library: Any, platform: str) -> None:
-    for target in _TARGETS:
+    for target in native.CUDA_TARGETS:
         capsule = jax.ffi.pycapsule(getattr(library, target))
         if platform == "CUDA":
             stages = {"initialize": jax.ffi.pycapsule(getattr(library, f"{target}_initialize")), "execute": capsule}

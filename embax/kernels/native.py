@@ -26,6 +26,12 @@ LIBRARY_VARIABLE = "EMBAX_NATIVE_LIBRARY"
 
 _TARGETS = ("embax_gather_pool", "embax_gather_rows", "embax_row_products", "embax_update", "embax_row_gradients")
 _TARGETS += ("embax_write_rows", "embax_quantized_pool", "embax_distinct_rows")
+CUDA_TARGETS = tuple(
+    f"embax_cuda_{name}"
+    for name in ("gather_pool", "gather_rows", "row_products", "samples_of", "update", "row_gradients", "distinct_rows")
+)
+"""The calls of the CUDA kernels, which ``cuda_library`` registers."""
+
 _LOCK = threading.Lock()
 
 
@@ -64,7 +70,7 @@ def use_huge_pages() -> bool:
 
 
 def native_calls() -> tuple[str, ...]:
-    """Returns the names of the native kernels, as programs on CPU call them.
+    """Returns the names of the native kernels, as programs on CPU and on CUDA cards call them.
 
     ``jax.export`` asks who vouches for such calls: a program that calls them runs wherever embax, of this version, is
     installed with its native library.
@@ -72,7 +78,7 @@ def native_calls() -> tuple[str, ...]:
     >>> import jax, embax
     >>> checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in embax.native_calls()]
     """
-    return _TARGETS
+    return _TARGETS + CUDA_TARGETS
 
 
 @functools.cache

@@ -27,11 +27,11 @@ from embax import kernels
 from embax.exchange import over_mesh
 from embax.id_batch import StackIds
 from embax.kernels import calls
-from embax.kernels.reference import present_rows, quantize, sample_of_ids
+from embax.kernels.reference import pool_in_order, present_rows, quantize, sample_of_ids
 from embax.placement import Devices
 from embax.planning import Plan, StackPlan
 from embax.sharded_tables import table_spec
-from embax.sorted_rows import chunk_of, padded, varying_axes, varying_with
+from embax.sorted_rows import varying_axes, varying_with
 from embax.specs import TABLE_DTYPES, QuantizationConfig
 from embax.table_state import TableState, check_tables
 from embax.take import rows_of
@@ -322,27 +322,16 @@ _pool.defvjp(_forward, _backward)
 
 def _pool_reference(stack: StackPlan, table: QuantizedRows, ids: StackIds) -> jax.Array:
     """Returns the gain-weighted sums of the rows of each sample, float32, chunk by chunk."""
-    count, samples = ids.ids.shape[0], ids.offsets.shape[0] - 1
-    total = jnp.zeros((samples, stack.embedding_dim), jnp.float32)
-    if not samples or not count:
-        return total
-    chunk = chunk_of(count)
-    rows = padded(present_rows(stack, ids), chunk, stack.rows)
-    sample = padded(sample_of_ids(ids), chunk, 0)
-    gains = None if ids.gains is None else padded(ids.gains, chunk, 0.0)
+    samples = ids.offsets.shape[0] - 1
+    if not samples or not ids.ids.shape[0]:
+        return jnp.zeros((samples, stack.embedding_dim), jnp.float32)
 
-    def body(index, total):
-        def part(array):
-            return jax.lax.dynamic_slice(array, (index * chunk,), (chunk,))
+    def values_of(rows, gains=None):
+        values = _present(stack, table, rows)
+        # An absent id adds nothing, whatever its gain: a NaN there does no harm.
+        return values if gains is None else jnp.where((rows < stack.rows)[:, None], values * gains[:, None], 0.0)
 
-        values = _present(stack, table, part(rows))
-        if gains is not None:
-            # An absent id adds nothing, whatever its gain: a NaN there does no harm.
-            values = jnp.where((part(rows) < stack.rows)[:, None], values * part(gains)[:, None], 0.0)
-        return total.at[part(sample)].add(values)
-
-    used = jnp.clip(ids.offsets[-1], 0, count)
-    return jax.lax.fori_loop(0, -(-used // chunk), body, varying_with(total, rows, table.data))
+    return pool_in_order(stack, ids, values_of)
 
 
 def _present(stack: StackPlan, table: QuantizedRows, rows: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Occurrences of rows, sorted and added up: what every update and every sparse gradient is made of.
 
-The sorted occurrences are walked in chunks, so that temporaries stay in cache and do not grow with the batch. Six
-occurrences in chunks of 4; ``part`` is the carried, unfinished sum::
+The sorted occurrences are walked in chunks, so that temporaries stay in cache and do not grow with the batch; on GPUs
+chunks are wide, and most batches are one. Six occurrences in chunks of 4; ``part`` is the carried, unfinished sum::
 
     sorted rows   0 3 3 5 | 6 6        values  f b e a | c d
     chunk 0: running sums f, b, b + e, a; rows 0, 3, 5 end here (the row after 5 is another); part = 0
@@ -11,18 +11,52 @@ A row whose occurrences cross a boundary is carried over, and shown once, where 
 scatter-add: sums are made by doubling steps within a run, in an order that depends on nothing but the input.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# On CPU a chunk of rows fits the second-level cache; elsewhere all is one chunk, for width is speed there.
+# On CPU a chunk of rows fits the second-level cache; elsewhere width is speed, and the bound is one of memory.
 CPU_CHUNK = 4096
+WIDE_CHUNK = 1 << 20
+
+
+def by_platform(function: Callable, *operands: Any) -> Any:
+    """Returns ``function(limit, *operands)`` with the largest chunk of the platform that the program is lowered for.
+
+    That is not always the platform at hand: a program may be exported for a GPU on a machine without one.
+    """
+    cpu, wide = functools.partial(function, CPU_CHUNK), functools.partial(function, WIDE_CHUNK)
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=wide)
+
+
+def in_order(keys: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys in ascending order and their positions, equal keys in order of position.
+
+    XLA makes one radix sort (CUB's) of a stable sort of two operands on GPUs, where there are more than some 20,000.
+
+    Args:
+      keys: int32 ``[n]``, in ``[0, bound]``.
+      bound: the largest key (static).
+    """
+
+    def packed(keys):
+        order = stable_order(keys, bound)
+        return keys[order], order
+
+    def paired(keys):
+        # A third operand, or the position as a second key, would keep XLA from the radix sort.
+        places = jnp.arange(keys.shape[0], dtype=jnp.int32)
+        keys, order = jax.lax.sort((keys, varying_with(places, keys)), num_keys=1, is_stable=True)
+        return keys, order
+
+    return jax.lax.platform_dependent(keys, cpu=packed, default=paired)
 
 
 def stable_order(keys: jax.Array, bound: int) -> jax.Array:
-    """Returns the positions of ``keys`` in ascending order, equal keys in order of position.
+    """Returns the positions of ``keys`` in ascending order, equal keys in order of position: the form for CPU.
 
     XLA's sort of one 32-bit operand is several times faster than that of a key and its position together (on CPU
     6 ms against 35 ms for 163,840 keys). So a few bits of the key and the position are packed into one word, and the
@@ -66,26 +100,53 @@ def walk(
         (they are distinct), float32 ``[m, width]`` sums, and the rank of each row among all rows there are.
       state: a pytree.
     """
-    order = stable_order(keys, bound)
-    chunk = chunk_of(keys.shape[0])
-    keys = padded(keys[order], chunk, bound)
-    order = padded(order, chunk, 0)
-    following = jnp.append(keys[1:], bound)
+    return walk_in_order(*in_order(keys, bound), bound, width, values_at, visit, state)
 
-    def body(index, carry):
-        state, part, before = carry
-        rows, places, after = (jax.lax.dynamic_slice(x, (index * chunk,), (chunk,)) for x in (keys, order, following))
-        starts = jnp.append(False, rows[1:] != rows[:-1])
-        sums = run_sums(starts, values_at(places).at[0].add(part))
-        ends = rows != after
-        ranks = before + jnp.cumsum(starts, dtype=jnp.int32)
-        state = visit(state, jnp.where(ends, rows, bound), sums, ranks)
-        return state, jnp.where(ends[-1], 0.0, sums[-1]), ranks[-1] + ends[-1].astype(jnp.int32)
 
-    used = jnp.sum(keys < bound, dtype=jnp.int32)
-    start = (state, jnp.zeros(width, jnp.float32), jnp.int32(0))
-    start = varying_with(start, order, values_at(order[:chunk]))
-    return jax.lax.fori_loop(0, -(-used // chunk), body, start)[0]
+def walk_in_order(
+    keys: jax.Array,
+    order: jax.Array,
+    bound: int,
+    width: int,
+    values_at: Callable[[jax.Array], jax.Array],
+    visit: Callable,
+    state: Any,
+) -> Any:
+    """Returns ``walk`` of keys that rise already; ``order`` says which place each of them has for ``values_at``."""
+
+    def chunks(limit, keys, order, state):
+        chunk = min(keys.shape[0], limit)
+        keys, order = padded(keys, chunk, bound), padded(order, chunk, 0)
+        following = jnp.append(keys[1:], bound)
+
+        def body(index, carry):
+            state, part, before = carry
+            rows, places, after = (
+                jax.lax.dynamic_slice(x, (index * chunk,), (chunk,)) for x in (keys, order, following)
+            )
+            starts = jnp.append(False, rows[1:] != rows[:-1])
+            sums = run_sums(starts, values_at(places).at[0].add(part, unique_indices=True))
+            ends = rows != after
+            ranks = before + jnp.cumsum(starts, dtype=jnp.int32)
+            state = visit(state, jnp.where(ends, rows, bound), sums, ranks)
+            return state, jnp.where(ends[-1], 0.0, sums[-1]), ranks[-1] + ends[-1].astype(jnp.int32)
+
+        used = jnp.sum(keys < bound, dtype=jnp.int32)
+        start = (state, jnp.zeros(width, jnp.float32), jnp.int32(0))
+        start = varying_with(start, order, values_at(order[:chunk]))
+        return in_chunks(limit, chunk, keys.shape[0], used, body, start)[0]
+
+    return by_platform(chunks, keys, order, state)
+
+
+def in_chunks(limit: int, chunk: int, count: int, used: jax.Array, body: Callable, start: Any) -> Any:
+    """Returns what ``body(index, carry)`` makes of ``start``, over chunks with the first ``used`` of ``count`` in them.
+
+    One wide chunk takes no loop, in which a device would have to tell the host whether to go on.
+    """
+    if limit > CPU_CHUNK and chunk == count:
+        return body(jnp.int32(0), start)
+    return jax.lax.fori_loop(0, -(-used // chunk), body, start)
 
 
 def run_sums(starts: jax.Array, values: jax.Array) -> jax.Array:
@@ -130,11 +191,6 @@ def varying_axes(array: Any) -> frozenset:
     kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
     manual = getattr(kind, "manual_axis_type", None)
     return frozenset(getattr(manual, "varying", ()))
-
-
-def chunk_of(count: int) -> int:
-    """Returns how many of ``count`` things are done at a time on the platform at hand."""
-    return min(count, CPU_CHUNK) if jax.default_backend() == "cpu" else count
 
 
 def padded(array: jax.Array, chunk: int, fill: Any) -> jax.Array:

@@ -2,9 +2,13 @@
 
 Rectangles are pooled by one fused loop over their gathers; ragged ids chunk by chunk. An update walks the sorted
 occurrences (``embax.sorted_rows``): every touched row is read once, stepped once and written once, whatever the batch
-holds, and temporaries do not grow with the batch.
+holds, and temporaries do not grow with the batch (on CPU; elsewhere not beyond those of 2^20 ids).
+
+No scatter names an index twice, for GPUs add such up in any order, or slowly; only forms for CPU do, where a sum is one
+after another. The platform that a program is lowered for chooses the form.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +21,16 @@ from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
 from embax.rounding import rounded
 from embax.row_gradients import RowGradients, sum_occurrences
-from embax.sorted_rows import chunk_of, padded, stable_order, varying_with, walk
+from embax.sorted_rows import (
+    CPU_CHUNK,
+    by_platform,
+    in_chunks,
+    in_order,
+    padded,
+    varying_with,
+    walk,
+    walk_in_order,
+)
 from embax.specs import QuantizationConfig
 from embax.table_state import TableState
 
@@ -29,6 +42,11 @@ UNROLLED_VALENCY = 32
 def unavailable() -> str | None:
     """Returns why this backend cannot be used: it always can."""
     return None
+
+
+def reason() -> str:
+    """Returns what this backend runs on."""
+    return "plain XLA, on every platform"
 
 
 def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.Array, ...]:
@@ -120,8 +138,7 @@ def distinct_rows(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     if not room:
         return jnp.zeros(0, jnp.int32), jnp.zeros(count, jnp.int32)
     keys = jnp.where((ids >= 0) & (ids < rows), ids, rows).astype(jnp.int32)
-    order = stable_order(keys, rows)
-    keys = keys[order]
+    keys, order = in_order(keys, rows)
     begins = jnp.append(keys[0] < rows, (keys[1:] != keys[:-1]) & (keys[1:] < rows))
     ranks = jnp.cumsum(begins, dtype=jnp.int32) - 1
     unique = jnp.full(room, rows, jnp.int32)
@@ -137,18 +154,23 @@ def apply(
     count, total = gradient.rows.shape[0], state.table.shape[0]
     if not count:
         return state
-    chunk, step = chunk_of(count), step or step_rows
+    step = step or step_rows
     valid = (gradient.rows >= 0) & (gradient.rows < total)
-    rows = padded(jnp.where(valid, gradient.rows, total).astype(jnp.int32), chunk, total)
-    values = padded(gradient.values.astype(jnp.float32), chunk, 0)
     used = jnp.max(jnp.where(valid, jnp.arange(1, count + 1, dtype=jnp.int32), 0))
 
-    def body(index, state):
-        at = index * chunk
-        part = jax.lax.dynamic_slice(values, (at, jnp.int32(0)), (chunk, values.shape[1]))
-        return step(optimizer, state, jax.lax.dynamic_slice(rows, (at,), (chunk,)), part, hyper)
+    def chunks(limit, rows, values, used, state):
+        chunk = min(count, limit)
+        rows, values = padded(rows, chunk, total), padded(values, chunk, 0)
 
-    return jax.lax.fori_loop(0, -(-used // chunk), body, varying_with(state, rows, values))
+        def body(index, state):
+            at = index * chunk
+            part = jax.lax.dynamic_slice(values, (at, jnp.int32(0)), (chunk, values.shape[1]))
+            return step(optimizer, state, jax.lax.dynamic_slice(rows, (at,), (chunk,)), part, hyper)
+
+        return in_chunks(limit, chunk, rows.shape[0], used, body, varying_with(state, rows, values))
+
+    rows = jnp.where(valid, gradient.rows, total).astype(jnp.int32)
+    return by_platform(chunks, rows, gradient.values.astype(jnp.float32), used, state)
 
 
 def row_products(stack: StackPlan, table: jax.Array, ids: StackIds, gradients: jax.Array) -> jax.Array:
@@ -195,22 +217,19 @@ def narrowed(stepped: jax.Array, rows: jax.Array, dtype: Any, hyper: Any) -> jax
 
 
 def write(array: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns ``array`` with its distinct ``rows`` replaced; those past the end are skipped."""
-    if _writes_row_by_row(array):
-        return _write_narrow(array, rows, values)
-    return array.at[rows].set(values, mode="drop", unique_indices=True)
-
-
-def _writes_row_by_row(array: jax.Array) -> bool:
-    """Returns whether a scatter into ``array`` would cost the whole table, and writing row by row would not.
+    """Returns ``array`` with its distinct ``rows`` replaced; those past the end are skipped.
 
     XLA's CPU backend has no 16-bit scatter: it converts the whole table to float32 and back (52 ms for 2,000,000 rows
-    of 16 and 64 ids, against 0.1). It updates float16 where it is, and bfloat16 from jax 0.12 on; before that every
-    bfloat16 write converts the table, so that one scatter for all rows is the least.
+    of 16 and 64 ids, against 0.1), where writing row by row does not. It updates float16 where it is, and bfloat16 from
+    jax 0.12 on; before that every bfloat16 write converts the table, so that one scatter for all rows is the least.
     """
-    if array.dtype.itemsize >= 4 or jax.default_backend() != "cpu":
-        return False
-    return array.dtype == jnp.float16 or jax.__version_info__ >= (0, 12)
+    if array.dtype.itemsize >= 4 or (array.dtype != jnp.float16 and jax.__version_info__ < (0, 12)):
+        return _scatter(array, rows, values)
+    return jax.lax.platform_dependent(array, rows, values, cpu=_write_narrow, default=_scatter)
+
+
+def _scatter(array: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+    return array.at[rows].set(values, mode="drop", unique_indices=True)
 
 
 def _write_narrow(array: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
@@ -236,9 +255,26 @@ def sample_of_ids(ids: StackIds) -> jax.Array:
             parts.append(first + jnp.arange(count * valency, dtype=jnp.int32) // max(valency, 1))
             first += count
         return jnp.concatenate(parts)
-    # A sample begins where its offset says; empty samples begin at the same place and add up.
-    begins = jnp.zeros(capacity + 1, jnp.int32).at[jnp.clip(ids.offsets[1:], 0, capacity)].add(1)
-    return jnp.clip(jnp.cumsum(begins[:-1], dtype=jnp.int32), 0, samples - 1)
+    begins = jnp.clip(ids.offsets[1:], 0, capacity)
+    number = {"cpu": functools.partial(_begun_counted, capacity), "default": functools.partial(_begun_last, capacity)}
+    return jnp.clip(jax.lax.platform_dependent(begins, **number), 0, samples - 1)
+
+
+def _begun_counted(capacity: int, begins: jax.Array) -> jax.Array:
+    """Returns how many samples but the first have begun at each of ``capacity`` places: the form for CPU.
+
+    Empty samples begin at the same place and add up, which CPUs do fastest (1.2 ms for 163,840 places against 1.8).
+    """
+    return jnp.cumsum(jnp.zeros(capacity + 1, jnp.int32).at[begins].add(1)[:-1], dtype=jnp.int32)
+
+
+def _begun_last(capacity: int, begins: jax.Array) -> jax.Array:
+    """Returns how many samples but the first have begun at each of ``capacity`` places, each place written once."""
+    begins = jax.lax.cummax(begins)  # as they are in a good batch; no place is named twice in a bad one either
+    place = jnp.where(jnp.append(begins[1:] != begins[:-1], True), begins, capacity)
+    begun = jnp.zeros(capacity, jnp.int32)
+    numbers = jnp.arange(1, begins.shape[0] + 1, dtype=jnp.int32)
+    return jax.lax.cummax(begun.at[place].set(numbers, mode="drop", unique_indices=True))
 
 
 def quantize(rows: jax.Array, config: QuantizationConfig) -> jax.Array:
@@ -297,24 +333,53 @@ def _pool_rectangle(stack: StackPlan, table: jax.Array, rows: jax.Array, gains: 
 
 
 def _pool_ragged(stack: StackPlan, table: jax.Array, ids: StackIds) -> jax.Array:
-    count = ids.ids.shape[0]
-    chunk = chunk_of(count)
-    rows = padded(present_rows(stack, ids), chunk, stack.rows)
-    sample = padded(sample_of_ids(ids), chunk, 0)
-    gains = None if ids.gains is None else padded(ids.gains, chunk, 0.0)
+    def values_of(rows, gains=None):
+        values = _looked_up(stack, table, rows)
+        return values if gains is None else values * gains[:, None]
 
-    def body(index, total):
-        def part(array):
-            return jax.lax.dynamic_slice(array, (index * chunk,), (chunk,))
+    return pool_in_order(stack, ids, values_of)
 
-        values = _looked_up(stack, table, part(rows))
-        if gains is not None:
-            values = values * part(gains)[:, None]
-        return total.at[part(sample)].add(values)
 
-    total = jnp.zeros((ids.offsets.shape[0] - 1, stack.embedding_dim), jnp.float32)
+def pool_in_order(stack: StackPlan, ids: StackIds, values_of: Callable) -> jax.Array:
+    """Returns the sums of each sample, float32 ``[samples, embedding_dim]``, whatever its length.
+
+    Args:
+      stack: the stack's plan.
+      ids: there are some, of some samples.
+      values_of: maps ``[m]`` present rows, and their gains where there are any, to float32 ``[m, embedding_dim]``.
+    """
+    count, samples = ids.ids.shape[0], ids.offsets.shape[0] - 1
+    places = jnp.arange(count, dtype=jnp.int32)
     used = jnp.clip(ids.offsets[-1], 0, count)
-    return jax.lax.fori_loop(0, -(-used // chunk), body, varying_with(total, rows, table))
+    sample = jnp.where(places < used, sample_of_ids(ids), samples)
+    rows = present_rows(stack, ids)
+    operands = (rows,) if ids.gains is None else (rows, ids.gains)
+    total = jnp.zeros((samples, stack.embedding_dim), jnp.float32)
+    total = varying_with(total, sample, values_of(*(array[:1] for array in operands)))
+
+    def added(total, sample, used, operands):
+        chunk = min(count, CPU_CHUNK)
+        arrays = padded(sample, chunk, samples), *(padded(array, chunk, 0) for array in operands)
+
+        def body(index, total):
+            part, *parts = (jax.lax.dynamic_slice(array, (index * chunk,), (chunk,)) for array in arrays)
+            return total.at[part].add(values_of(*parts), mode="drop")
+
+        return jax.lax.fori_loop(0, -(-used // chunk), body, total)
+
+    def walked(total, sample, used, operands):
+        del used
+
+        def values_at(places):
+            return values_of(*(array[places] for array in operands))
+
+        def write(total, samples, sums, ranks):
+            return total.at[samples].set(sums, mode="drop", unique_indices=True)
+
+        return walk_in_order(sample, places, samples, stack.embedding_dim, values_at, write, total)
+
+    # A CPU adds one after another: 18 ms where the walk takes 45 (8,192 samples of 20 ids, D = 64).
+    return jax.lax.platform_dependent(total, sample, used, operands, cpu=added, default=walked)
 
 
 def after(rows: jax.Array, token: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Steps of large tables on a GPU: see ``benchmarks.gpu.__main__``."""

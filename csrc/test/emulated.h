@@ -135,13 +135,20 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lane, int width = embax::em
 #undef EMBAX_HERE
 
 // A library may hold several, by names of their own.
-#define EMBAX_EMULATED_KERNEL(name, ...)                                                                                 \
-  extern "C" __attribute__((visibility("default"))) embax::emulated::Program name;                                       \
-  embax::emulated::Program name = {                                                                                      \
-      sizeof(embax::emulated::Program),                                                                                  \
-      [](const void* work) { __VA_ARGS__::run(*static_cast<const typename __VA_ARGS__::Work*>(work)); },                 \
-      sizeof(typename __VA_ARGS__::Work), embax::cuda::kThreads, &threadIdx, &blockIdx, &blockDim, &gridDim, &embax_wait, \
-      __start_embax_shared, __stop_embax_shared};
+#define EMBAX_EMULATED_KERNEL(name, ...)                                                                 \
+  extern "C" __attribute__((visibility("default"))) embax::emulated::Program name;                       \
+  embax::emulated::Program name = {                                                                      \
+      sizeof(embax::emulated::Program),                                                                  \
+      [](const void* work) { __VA_ARGS__::run(*static_cast<const typename __VA_ARGS__::Work*>(work)); }, \
+      sizeof(typename __VA_ARGS__::Work),                                                                \
+      embax::cuda::kThreads,                                                                             \
+      &threadIdx,                                                                                        \
+      &blockIdx,                                                                                         \
+      &blockDim,                                                                                         \
+      &gridDim,                                                                                          \
+      &embax_wait,                                                                                       \
+      __start_embax_shared,                                                                              \
+      __stop_embax_shared};
 
 #define EMBAX_CUDA_KERNEL(...) EMBAX_EMULATED_KERNEL(embax_kernel, __VA_ARGS__)
 

@@ -11,14 +11,12 @@
 #include <thread>
 
 #include "numbers.h"
-#include "test/emulated_programs.h"
-#include "test/guarded.h"
+#include "test/emulated_entries.h"
 
 namespace embax::test {
 namespace {
 
 constexpr int kDims[] = {1, 3, 4, 7, 16, 30, 64, 100, 128, 130, 516, 1030};
-constexpr int kField = cuda::kPiece * cuda::kPiece;
 constexpr float kLevels[] = {-1, 1, 0.125f};
 struct Batch {
   Batch(int64_t capacity, int64_t samples, int64_t rows, bool wild)
@@ -62,7 +60,8 @@ void test_one(const Library& k, Batch& batch, Numbers& table, int64_t rows, cuda
   for (int64_t i = 0; i < samples * k.dim; ++i) {
     const int64_t s = i / k.dim, d = i % k.dim, id = s < used ? batch.ids[s] : -1;
     const bool there = id >= 0 && id < rows;
-    const float want = there ? plain::leveled(k.levelled ? kLevels : nullptr, table.at(id * k.dim + d)) : plain::from_bits(work.fill);
+    const float want =
+        there ? plain::leveled(k.levelled ? kLevels : nullptr, table.at(id * k.dim + d)) : plain::from_bits(work.fill);
     EMBAX_CHECK(same(out.at(s, d), held(want, k.other)), "one, dim %ld, sample %ld", long{k.dim}, long{s});
   }
 }
@@ -70,9 +69,17 @@ void test_one(const Library& k, Batch& batch, Numbers& table, int64_t rows, cuda
 void test_products(const Library& k, Batch& batch, Numbers& table, int64_t rows) {
   Numbers gradients(k.other, batch.samples * k.dim);
   Field<float> out(batch.capacity);
-  const cuda::ProductWork work{table.data(), rows, batch.ids.data(), batch.offsets.data(), gradients.data(),
-                               static_cast<int32_t>(batch.capacity), static_cast<int32_t>(batch.samples),
-                               kLevels[0], kLevels[1], kLevels[2], out.data()};
+  const cuda::ProductWork work{table.data(),
+                               rows,
+                               batch.ids.data(),
+                               batch.offsets.data(),
+                               gradients.data(),
+                               static_cast<int32_t>(batch.capacity),
+                               static_cast<int32_t>(batch.samples),
+                               kLevels[0],
+                               kLevels[1],
+                               kLevels[2],
+                               out.data()};
   run(k.module, "products", blocks_for(batch.capacity, cuda::groups_of(k.dim)), work, {&out});
   for (int64_t j = 0; j < batch.capacity && std::is_sorted(batch.offsets.data(), batch.offsets.data() + batch.samples + 1); ++j) {
     int64_t sample = 0, id = batch.ids[j];
@@ -99,7 +106,8 @@ void test_lookups(const Library& k, cuda::Module runs) {
     if (capacity >= samples) test_one(k, batch, table, rows, work);
     test_products(k, batch, table, rows);
     Field<int32_t> out(capacity);
-    const cuda::SamplesWork places{batch.offsets.data(), static_cast<int32_t>(samples), static_cast<int32_t>(capacity), out.data()};
+    const cuda::SamplesWork places{batch.offsets.data(), static_cast<int32_t>(samples), static_cast<int32_t>(capacity),
+                                   out.data()};
     run(runs, "samples", blocks_for(capacity, cuda::kThreads), places, {&out});
     const int32_t* const offsets = batch.offsets.data();
     for (int64_t j = 0; j < capacity; ++j) {
@@ -109,31 +117,6 @@ void test_lookups(const Library& k, cuda::Module runs) {
     }
   }
 }
-
-// Sorted occurrences: runs that end at `ends`, and `absent` keys behind them.
-struct Entries {
-  Entries(const std::vector<int>& ends, int absent)
-      : sampled(!ends.empty() && ends.back() + absent > kSamples), count((ends.empty() ? 0 : ends.back()) + absent), keys(count), samples(count), order(count), gains(count) {
-    for (int end : ends) {
-      rows += 1 + below(3);
-      std::fill(keys.data() + begins.back(), keys.data() + end, static_cast<int32_t>(rows - 1));
-      begins.push_back(end);
-    }
-    rows += below(2);
-    for (int64_t i = begins.back(); i < count; ++i) keys[i] = i + absent / 2 < count ? static_cast<int32_t>(rows) : INT32_MAX;
-    for (int64_t i = 0; i < count; ++i) {
-      samples[i] = static_cast<int32_t>(!sampled ? i : below(9) ? below(kSamples) : garbage());
-      order[i] = static_cast<int32_t>(i), gains[i] = number();
-    }
-    std::shuffle(order.data(), order.data() + count, random_engine);
-  }
-  static constexpr int kSamples = 60;
-  bool sampled;  // else entry i is sample i
-  int64_t count, rows = 0;
-  std::vector<int> begins{0};
-  Field<int32_t> keys, samples, order;
-  Field<float> gains;
-};
 
 // begins and their number, as write_runs leaves them.
 struct Found {
@@ -164,51 +147,13 @@ void test_runs(cuda::Module module, Entries& entries, Found& found) {
   }
 }
 
-// Sums of a run in their order: entries, and whole tiles and fields by their sums.
-struct Summer {
-  const Library& k;
-  Entries& entries;
-  Split& gradients;
-
-  float entry_sum(int64_t begin, int64_t end, int64_t d, float total) const {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = entries.samples[i];
-      if (sample < 0 || sample >= Entries::kSamples) continue;
-      const float value = gradients.at(sample, d);
-      total += k.gained ? entries.gains[i] * value : value;
-    }
-    return total;
-  }
-  float sum(int64_t begin, int64_t end, int64_t d) const {
-    float total = 0;
-    for (int64_t at = begin; at < end;) {
-      const int64_t behind = std::min((at / cuda::kPiece + 1) * cuda::kPiece, end);
-      if (at % kField == 0 && at + kField <= end) {
-        float field = 0;
-        for (const int64_t last = at + kField; at < last; at += cuda::kPiece) field += entry_sum(at, at + cuda::kPiece, d, 0);
-        total += field;
-      } else if (at % cuda::kPiece == 0 && at + cuda::kPiece <= end) {
-        total += entry_sum(at, behind, d, 0), at = behind;
-      } else {
-        total = entry_sum(at, behind, d, total), at = behind;
-      }
-    }
-    return total;
-  }
-  std::vector<std::vector<float>> sums() const {
-    std::vector<std::vector<float>> all;
-    for (size_t r = 0; r + 1 < entries.begins.size(); ++r) {
-      all.emplace_back();
-      for (int64_t d = 0; d < k.dim; ++d) all.back().push_back(sum(entries.begins[r], entries.begins[r + 1], d));
-    }
-    return all;
-  }
-};
-
 // The state of an update, and the same as float32.
 struct State {
   State(Dtype dtype, int64_t rows, int64_t dim, const plain::Known& known)
-      : table(dtype, rows * dim), slots{Field<float>(rows * (known.element_slots > 0 ? dim : 1)), Field<float>(rows * (known.element_slots > 1 ? dim : 1))}, touched(rows), marks(rows) {
+      : table(dtype, rows * dim),
+        slots{Field<float>(rows * (known.element_slots > 0 ? dim : 1)), Field<float>(rows * (known.element_slots > 1 ? dim : 1))},
+        touched(rows),
+        marks(rows) {
     for (auto& slot : slots) {
       for (int64_t i = 0; i < slot.count; ++i) slot[i] = std::fabs(number());
     }
@@ -230,9 +175,7 @@ float rounded(float value, Dtype dtype, bool stochastic, uint32_t seed, int64_t 
                                    : plain::widened(plain::rounded_at_random(value, random, plain::Float16{}));
 }
 
-bool close(float a, float b, float tolerance) {
-  return same(a, b) || std::fabs(a - b) <= tolerance * (std::fabs(b) + 1);
-}
+bool close(float a, float b, float tolerance) { return same(a, b) || std::fabs(a - b) <= tolerance * (std::fabs(b) + 1); }
 
 // To a norm of 1 at most.
 std::vector<float> clipped(std::vector<float> sum) {
@@ -273,15 +216,22 @@ void test_step(const Library& k, bool apart, Entries& entries, const std::vector
   for (int64_t i = 0; i < entries.rows * k.dim; ++i) {
     const int64_t row = i / k.dim;
     const float value = state.wide[static_cast<size_t>(i)];
-    const float want = state.marks[static_cast<size_t>(row)] ? rounded(value, k.table, work.stochastic, 7, row, i % k.dim) : value;
-    EMBAX_CHECK(close(state.table.at(i), want, !other ? 0 : k.table == Dtype::kFloat32 ? 1e-5f : 1e-2f),
+    const float want =
+        state.marks[static_cast<size_t>(row)] ? rounded(value, k.table, work.stochastic, 7, row, i % k.dim) : value;
+    EMBAX_CHECK(close(state.table.at(i), want,
+                      !other                       ? 0
+                      : k.table == Dtype::kFloat32 ? 1e-5f
+                                                   : 1e-2f),
                 "%s, dim %ld: number %ld of row %ld is %.9g, not %.9g", known.name, long{k.dim}, long{i % k.dim}, long{row},
                 double{state.table.at(i)}, double{want});
   }
-  for (int64_t row = 0; row < entries.rows; ++row) EMBAX_CHECK(state.touched[row] == state.marks[static_cast<size_t>(row)], "%ld", long{row});
+  for (int64_t row = 0; row < entries.rows; ++row)
+    EMBAX_CHECK(state.touched[row] == state.marks[static_cast<size_t>(row)], "%ld", long{row});
   for (int s = 0; s < known.element_slots + known.row_slot; ++s) {
     for (int64_t i = 0; i < state.slots[s].count; ++i)
-      EMBAX_CHECK(close(state.slots[s][i], state.plain_slots[s][static_cast<size_t>(i)], other ? 1e-5f : 0), "%s, slot %d, number %ld is %.9g, not %.9g", known.name, s, long{i}, double{state.slots[s][i]}, double{state.plain_slots[s][static_cast<size_t>(i)]});
+      EMBAX_CHECK(close(state.slots[s][i], state.plain_slots[s][static_cast<size_t>(i)], other ? 1e-5f : 0),
+                  "%s, slot %d, number %ld is %.9g, not %.9g", known.name, s, long{i}, double{state.slots[s][i]},
+                  double{state.plain_slots[s][static_cast<size_t>(i)]});
   }
 }
 
@@ -319,9 +269,20 @@ void test_entries(const std::vector<Library>& all, cuda::Module runs) {
   std::vector<int> single, few;
   for (int i = 1; i <= 40; ++i) single.push_back(i);
   for (int end = 0; end < 3000;) few.push_back(end += 1 + static_cast<int>(below(below(9) ? 7 : 400)));
-  const std::vector<std::vector<int>> cases = {{}, {1}, single, few, {127, 128, 129, 257, 384, 385, 512, 1024},
-                                               {16384, 33000, 33001, 33129}, {16383, 32769, 34000}, {16385, 33024, 36000},
-                                               {5, 20005, 20006}, {49152}, {127}, {128}, {1023, 1024, 1025, 2048}};
+  const std::vector<std::vector<int>> cases = {{},
+                                               {1},
+                                               single,
+                                               few,
+                                               {127, 128, 129, 257, 384, 385, 512, 1024},
+                                               {16384, 33000, 33001, 33129},
+                                               {16383, 32769, 34000},
+                                               {16385, 33024, 36000},
+                                               {5, 20005, 20006},
+                                               {49152},
+                                               {255},
+                                               {383},
+                                               {128},
+                                               {1023, 1024, 1025, 2048}};
   for (const auto& ends : cases) {
     for (int absent : {0, 1, 2500}) {
       if (ends.empty() && absent == 0) continue;

@@ -34,7 +34,8 @@ inline std::string line(const char* name, const std::string& type) {
 inline std::string source_of(const Library& k) {
   const auto yes = [](bool value) { return value ? "true" : "false"; };
   const std::string table = kTypes[static_cast<int>(k.table)], other = kTypes[static_cast<int>(k.other)];
-  const std::string dim = std::to_string(k.dim), gained = yes(k.gained), levelled = yes(k.levelled), both = table + ", " + other + ", " + dim;
+  const std::string dim = std::to_string(k.dim), gained = yes(k.gained), levelled = yes(k.levelled),
+                    both = table + ", " + other + ", " + dim;
   return line("one", "GatherOne<" + both + ", " + levelled + ">") +
          line("pool", "GatherPool<" + both + ", " + gained + ", " + levelled + ">") +
          line("products", "RowProducts<" + both + ", " + levelled + ">") +

@@ -40,7 +40,7 @@ class Guarded {
     mprotect(memory, kPage, PROT_NONE);
     mprotect(pages_ + inner_, kPage, PROT_NONE);
     std::memset(pages_, kPattern, inner_);
-    bytes_ = below(2) ? pages_ : pages_ + inner_ - size;
+    bytes_ = below(4) == 0 ? pages_ : pages_ + inner_ - size;
     all().insert(this);
   }
   Guarded(const Guarded&) = delete;
@@ -58,7 +58,8 @@ class Guarded {
   void check() const {
     for (const char* byte = pages_; byte < pages_ + inner_; ++byte) {
       if (byte == bytes_) byte += size;
-      if (byte < pages_ + inner_) EMBAX_CHECK(*byte == kPattern, "written %ld bytes from the front", static_cast<long>(byte - bytes_));
+      if (byte < pages_ + inner_)
+        EMBAX_CHECK(*byte == kPattern, "written %ld bytes from the front", static_cast<long>(byte - bytes_));
     }
   }
 
@@ -161,8 +162,8 @@ int launch_once(cuda::Function function, int64_t blocks, Work work) {
   const unsigned before = __builtin_ia32_stmxcsr();
   __builtin_ia32_ldmxcsr(0x9fc0);
 #endif
-  const int status = cuda::driver().launch(function, static_cast<unsigned>(blocks), 1, 1, cuda::kThreads, 1, 1, 0, nullptr,
-                                           parameters, nullptr);
+  const int status =
+      cuda::driver().launch(function, static_cast<unsigned>(blocks), 1, 1, cuda::kThreads, 1, 1, 0, nullptr, parameters, nullptr);
 #if defined(__x86_64__)
   EMBAX_CHECK((__builtin_ia32_stmxcsr() & 0xffc0) == 0x9fc0, "the caller's modes have changed");
   __builtin_ia32_ldmxcsr(before);

@@ -1,4 +1,4 @@
-"""The CUDA backend beyond what every backend is asked: long runs, wide and narrow rows, many features, meshes, lowering.
+"""The CUDA backend beyond what every backend is asked: long runs, rows of all lengths, many features, lowering.
 
 Where there is no card the kernels run on the host (`emulated`); the laws and the battery ask them like any backend.
 """
@@ -16,6 +16,7 @@ from helpers import feature, line_of, table_spec
 import embax
 from embax import kernels
 from embax.kernels import cuda, cuda_calls, cuda_library
+from embax.kernels.calls import Occurrences
 from embax.row_gradients import RowGradients
 
 PIECE, FIELD = 128, 128 * 128  # kPiece and its square: how long runs are cut
@@ -136,7 +137,7 @@ def test_any_ids_samples_and_offsets_are_safe():
     table = jnp.ones((5, 4))
     ids = jnp.array([2**31 - 1, -(2**31), 5, -1, 4, 0], jnp.int32)
     falling = jnp.array([9, -3, 4, 2, 2**31 - 1], jnp.int32)
-    pooled = cuda_calls.gather_pool(table, ids, falling, None, (4,), jnp.float32)[0]
+    pooled = cuda_calls.gather_pool(table, Occurrences(ids, falling), (4,), jnp.float32)[0]
     assert pooled.shape == (4, 4) and np.isfinite(pooled).all()
     assert np.isnan(cuda_calls.gather_rows(table, ids)[:4]).all()
     entries = cuda_calls.Entries(jnp.sort(jnp.array([0, 0, 4, 5, 5, 5], jnp.int32)), ids)

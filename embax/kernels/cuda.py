@@ -17,6 +17,7 @@ import numpy as np
 
 from embax.id_batch import StackIds
 from embax.kernels import cuda_calls, cuda_library, reference
+from embax.kernels.calls import Occurrences
 from embax.kernels.operands import DTYPES, levels_of, of_one_dtype
 from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
@@ -46,8 +47,8 @@ def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.
     one = ids.gains is None and all(valency == 1 for valency in ids.valencies)
 
     def kernel(table, ids):
-        parts = ids.ids, ids.offsets, ids.gains, ids.samples
-        return cuda_calls.gather_pool(table, *parts, dtype, levels, one=one)
+        found = Occurrences(ids.ids, ids.offsets, None, ids.gains)
+        return cuda_calls.gather_pool(table, found, ids.samples, dtype, levels, one=one)
 
     gained = ids.gains is not None
     if not _ready("lookups", lambda: cuda_calls.gather_programs(table, dtype, one, gained, bool(levels))):
@@ -226,12 +227,11 @@ def sorted_entries(rows: jax.Array, samples: Any, gains: Any) -> cuda_calls.Entr
     ([0, 3, 3, 5, 6, 7], [5, 1, 4, 0, 2, 3])
     """
     places = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    words = rows.astype(jnp.uint32)
     if gains is None:
-        keys, samples = jax.lax.sort((words, places if samples is None else samples), num_keys=1, is_stable=True)
-        return cuda_calls.Entries(keys.astype(jnp.int32), samples)
-    keys, order = jax.lax.sort((words, places), num_keys=1, is_stable=True)
-    return cuda_calls.Entries(keys.astype(jnp.int32), order if samples is None else samples[order], gains[order])
+        keys, samples = jax.lax.sort((rows, places if samples is None else samples), num_keys=1, is_stable=True)
+        return cuda_calls.Entries(keys, samples)
+    keys, order = jax.lax.sort((rows, places), num_keys=1, is_stable=True)
+    return cuda_calls.Entries(keys, order if samples is None else samples[order], gains[order])
 
 
 def _entries(stack: StackPlan, ids: StackIds) -> cuda_calls.Entries:
@@ -332,7 +332,7 @@ def _trial() -> str | None:
 
     @jax.jit
     def run(table, ids, offsets, gradients):
-        looked_up = cuda_calls.gather_pool(table, ids, offsets, None, (3,), jnp.float32)[0]
+        looked_up = cuda_calls.gather_pool(table, Occurrences(ids, offsets), (3,), jnp.float32)[0]
         rows = jnp.where((jnp.arange(6) < offsets[-1]) & (ids >= 0) & (ids < 4), ids, 4)
         entries = sorted_entries(rows, cuda_calls.samples_of(offsets, 6), None)
         return looked_up, *cuda_calls.row_gradients(entries, looked_up, (gradients,), 4)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from embax.kernels import cuda_library
+from embax.kernels.calls import Occurrences
 from embax.kernels.operands import DTYPES, call_ffi, hyper_vectors
 
 
@@ -36,9 +37,7 @@ class Entries(NamedTuple):
 
 def gather_pool(
     table: jax.Array,
-    ids: jax.Array,
-    offsets: jax.Array,
-    gains: Any,
+    found: Occurrences,
     sizes: Sequence[int],
     dtype: Any,
     levels: Sequence[float] = (),
@@ -49,17 +48,17 @@ def gather_pool(
 
     Args:
       table: float32, bfloat16 or float16 ``[rows, dim]``.
-      ids: int32 ``[n]``.
-      offsets: int32 ``[samples + 1]``.
-      gains: float32 ``[n]``, or None.
+      found: with offsets, of all blocks.
       sizes: samples of each block.
       dtype: of the result.
       levels: low, high, width, or nothing.
-      one: sample s has the one id ``ids[s]``, where it is before ``offsets[-1]``.
+      one: sample s has the one id ``found.ids[s]``, where it is before ``offsets[-1]``.
     """
     shapes = [((size, table.shape[1]), dtype) for size in sizes]
-    operands = (table, ids, offsets, jnp.zeros(0, jnp.float32) if gains is None else gains)
-    return tuple(_call("gather_pool", operands, shapes, levels=np.asarray(levels, np.float32), one=one))
+    ids, offsets, _, gains = found.operands()
+    return tuple(
+        _call("gather_pool", (table, ids, offsets, gains), shapes, levels=np.asarray(levels, np.float32), one=one)
+    )
 
 
 def gather_programs(table: Any, dtype: Any, one: bool, gained: bool, levelled: bool) -> str:

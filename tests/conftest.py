@@ -226,9 +226,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if _is_among(item, NIGHTLY):
             item.add_marker(pytest.mark.nightly)
+        if _on_card(item):
+            item.add_marker(pytest.mark.gpu)
         # `make nightly` leaves out what ran `once` on the oldest: a nightly test did not.
         if _is_among(item, ONCE) and not item.get_closest_marker("nightly"):
             item.add_marker(pytest.mark.once)
+
+
+def _on_card(item):
+    """Whether a test of every backend runs CUDA's on a card: `pytest -m gpu` asks these too."""
+    named = "[cuda" in item.name or "-cuda" in item.name or "test_cuda.py" in item.nodeid
+    return named and os.environ["JAX_PLATFORMS"] != "cpu" and jax.default_backend() == "gpu"
 
 
 def _is_among(item, tests):

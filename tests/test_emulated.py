@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host, each against plain loops, with guard pages around every array and in any order of threads."""
+"""The CUDA kernels on the host against plain loops: guard pages around every array, any order of blocks and threads."""
 
 import os
 import subprocess

@@ -39,16 +39,16 @@ struct Sums {
     }
   }
 
-  // Adds `count` rows of sums that lie one behind the other, in order.
+  // Adds `count` rows of sums that lie one behind the other, in order, several under way at a time.
   static EMBAX_DEVICE void add_rows(const float* sums, int count, int pass, V* total) {
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < count; k += kAhead) {
 #pragma unroll
       for (int strip = 0; strip < G::kHeld; ++strip) {
         const int64_t column = G::column(pass, strip);
-        if (!G::holds(column)) continue;
-        const V values = load_constant<float, G::kVector>(sums + static_cast<int64_t>(k) * dim + column);
+        const float* from[kAhead];
 #pragma unroll
-        for (int i = 0; i < G::kVector; ++i) total[strip].at[i] += values.at[i];
+        for (int t = 0; t < kAhead; ++t) from[t] = k + t < count ? sums + static_cast<int64_t>(k + t) * dim : nullptr;
+        Sums<float, dim, false>::add_strip(from, nullptr, column, total[strip]);
       }
     }
   }
@@ -56,23 +56,23 @@ struct Sums {
   // Adds a whole run.
   static EMBAX_DEVICE void add_run(const StepWork& work, int pass, int begin, int end, V* total) {
     for (int at = begin; at < end;) {
-      const int tile = at / kPiece,
-                behind = tile * kPiece + kPiece;  // at most count + kPiece: no overflow, see the binding
-      if (at % kPiece != 0 || behind > end) {
-        const int until = behind < end ? behind : end;
+      if (at % kPiece != 0 || end - at < kPiece) {
+        const int until = nearer(end, at / kPiece * kPiece + kPiece);
         add_entries(work, pass, at, until, total);
         at = until;
-      } else if (at % kField == 0 && end - at >= kField) {
-        add_rows(work.fields + static_cast<int64_t>(at / kField) * dim, 1, pass, total);
-        at += kField;
+      } else if (at % kField != 0 || end - at < kField) {
+        const int tiles = (nearer(end, at / kField * kField + kField) - at) / kPiece;
+        add_rows(work.tiles + static_cast<int64_t>(at / kPiece) * dim, tiles, pass, total);
+        at += tiles * kPiece;
       } else {
-        add_rows(work.tiles + static_cast<int64_t>(tile) * dim, 1, pass, total);
-        at = behind;
+        const int fields = (end - at) / kField;
+        add_rows(work.fields + static_cast<int64_t>(at / kField) * dim, fields, pass, total);
+        at += fields * kField;
       }
     }
   }
 
- private:
+  // Adds one strip of kAhead rows, of those that are there.
   static EMBAX_DEVICE void add_strip(const D* const* from, const float* gain, int64_t column, V& total) {
     if (!G::holds(column)) return;
     V values[kAhead];
@@ -87,6 +87,10 @@ struct Sums {
       for (int i = 0; i < G::kVector; ++i) total.at[i] += gained ? gain[t] * values[t].at[i] : values[t].at[i];
     }
   }
+
+ private:
+  // No sum of these overflows: the bindings leave room for two fields behind the last entry.
+  static EMBAX_DEVICE int nearer(int one, int other) { return one < other ? one : other; }
 };
 
 // Whether the entries [first, first + size) are there and of one row.

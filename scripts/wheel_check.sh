@@ -31,6 +31,10 @@ status = native.load()
 assert status.available == (sys.argv[1] == "native"), status
 assert "site-packages" in native.__file__, native.__file__
 if status.available:
+    import ctypes, pathlib
+    cuda = ctypes.CDLL(str(pathlib.Path(native.__file__).parent / "_native" / "libembax_cuda.so"))
+    cuda.embax_cuda_why_not.restype = ctypes.c_char_p
+    print("CUDA:", cuda.embax_cuda_why_not() or b"a driver answers")
     table = jnp.arange(8.0).reshape(4, 2)
     ids, offsets = jnp.array([2, 0, 0, 7, -1, 3], jnp.int32), jnp.array([0, 2, 5, 5], jnp.int32)
     out = jax.jit(lambda *found: calls.gather_pool(table, calls.Occurrences(*found), (3,), "float32")[0])(ids, offsets)
@@ -50,6 +54,9 @@ PATH="$work/build/bin:$PATH" "$work/build/bin/auditwheel" repair --wheel-dir "$w
   cat "$work/audit.log"; fail "auditwheel could not repair the wheel"; }
 wheel=$(ls "$work"/dist/*.whl)
 echo "repaired: $(basename "$wheel")"
+for library in cpu cuda; do
+  unzip -l "$wheel" | grep -q "libembax_$library.so" || fail "the wheel holds no libembax_$library.so"
+done
 
 say "2. install without a compiler and use"
 venv oldest "$python"

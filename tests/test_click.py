@@ -184,12 +184,22 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_pat
     assert (code, err) == (2, [f"embax: {text}"])
 
 
-def test_without_the_packages_of_the_command_line(monkeypatch):
+@pytest.mark.parametrize("package", ["typer", "tqdm"])
+def test_without_the_packages_of_the_command_line(monkeypatch, package):
     import sys
 
-    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "embax.cli.predict", raising=False)  # it is imported anew
     code, _, err = verbs.embax("train", "completejourney")
-    assert (code, err) == (2, ["embax: the command line needs the package typer; pip install 'embax[train]'"])
+    assert (code, err) == (2, [f"embax: the command line needs the package {package}; pip install 'embax[train]'"])
+    code, out, _ = verbs.embax("inspect", "--backend")  # which says so on a bare machine too
+    assert code == 0 and out.startswith("backend: ") and "reference: plain XLA" in out
+
+
+def test_a_backend_that_cannot_run_here_is_one_line(monkeypatch):
+    monkeypatch.setenv("EMBAX_BACKEND", "none_such")
+    code, _, err = verbs.embax("inspect", "--backend")
+    assert code == 2 and len(err) == 1 and "backend 'none_such' (forced by EMBAX_BACKEND) does not exist" in err[0]
 
 
 def test_the_command_trains_on_the_journey(monkeypatch, tmp_path):

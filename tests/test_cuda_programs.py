@@ -166,7 +166,7 @@ def test_no_driver_is_a_reason(monkeypatch, capfd):
 
 def test_no_library_is_a_reason(fresh, tmp_path, capfd):
     fresh.setenv(cuda_library.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
-    assert "not built" in cuda.unavailable()
+    assert "there is no such file" in cuda.unavailable()
     (tmp_path / "none.so").write_bytes(b"no library")
     for cached in (cuda_library._load, cuda._tried):
         cached.cache_clear()

@@ -42,8 +42,10 @@ def inspect(
 
 
 def _backend() -> str:
-    chosen = kernels.choose()
-    return f"backend: {chosen.name} ({chosen.reason})"
+    try:
+        return kernels.chosen()
+    except ValueError as error:  # EMBAX_BACKEND names one that cannot run here
+        raise CommandError(str(error)) from None
 
 
 def described(folder: Any) -> list[str]:

@@ -109,6 +109,11 @@ def choose(name: str | None = None) -> Choice:
     raise AssertionError("the reference backend is always available")
 
 
+def chosen() -> str:
+    """Returns which backend is used and why, as a line to read."""
+    return "backend: {} ({})".format(*choose())
+
+
 def described() -> list[str]:
     """Returns a line for each backend: what it runs on here, or why it cannot.
 

@@ -94,6 +94,8 @@ def load() -> Loaded:
 
 @functools.cache
 def _load(path: Path) -> Loaded:
+    if not path.exists() and is_named():
+        raise native.Refusal(f"{LIBRARY_VARIABLE}={path}: there is no such file")
     if not path.exists():
         raise native.Refusal("not built: embax was installed without a C++ compiler, or not on Linux")
     library = native.open_library(path)

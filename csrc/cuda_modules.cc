@@ -1,6 +1,6 @@
 #include "cuda_modules.h"
 
-#include <cstring>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -15,10 +15,11 @@ namespace {
 // returns 0 if it did.
 using Compiler = int (*)(const char* program, int architecture);
 
-std::mutex mutex;
-Compiler compiler = nullptr;
-std::map<std::pair<std::string, int>, std::vector<char>> images;
-std::map<std::pair<Context, std::string>, Kernel> kernels;
+// Never destroyed: a thread of XLA's may launch while the process ends.
+std::mutex& mutex = *new std::mutex;
+auto& images = *new std::map<std::pair<std::string, int>, std::vector<char>>;
+auto& kernels = *new std::map<std::pair<Context, std::string>, Kernel>;
+std::atomic<Compiler> compiler = nullptr;
 
 std::string architecture_of(Device device, int& architecture, int& multiprocessors) {
   int major = 0, minor = 0;
@@ -36,14 +37,22 @@ bool compiled(const std::string& program, int architecture) {
     if (images.count({program, architecture})) return true;
   }
   // Without the lock: the compiler comes back with the image.
-  return compiler != nullptr && compiler(program.c_str(), architecture) == 0;
+  const Compiler compile = compiler;
+  return compile != nullptr && compile(program.c_str(), architecture) == 1;
+}
+
+// Texts of images stay where they are once they are there.
+const char* image_of(const std::string& program, int architecture) {
+  const std::lock_guard lock(mutex);
+  const auto found = images.find({program, architecture});
+  return found == images.end() ? nullptr : found->second.data();
 }
 
 std::string load(const std::string& program, int architecture, Kernel& kernel) {
-  const auto found = images.find({program, architecture});
-  if (found == images.end()) return "there is no image of " + program + " for sm_" + std::to_string(architecture);
+  const char* const image = image_of(program, architecture);
+  if (image == nullptr) return "there is no image of " + program + " for sm_" + std::to_string(architecture);
   Module module = nullptr;
-  if (const Status status = driver().load(&module, found->second.data())) return failure("loading kernels", status);
+  if (const Status status = driver().load(&module, image)) return failure("loading kernels", status);
   if (const Status status = driver().function(&kernel.function, module, "embax_kernel")) {
     return failure("finding a kernel in its module", status);
   }
@@ -76,13 +85,11 @@ std::string find_kernel(const std::string& program, Kernel& kernel) {
   int architecture = 0;
   if (auto wrong = architecture_of(device, architecture, kernel.multiprocessors); !wrong.empty()) return wrong;
   if (!compiled(program, architecture)) return "compiling " + program + " failed; set EMBAX_BACKEND=reference to go on";
-  const std::lock_guard lock(mutex);
-  if (const auto found = kernels.find({context, program}); found != kernels.end()) {
-    kernel = found->second;
-    return {};
-  }
+  // Without the lock: loading may wait for what runs on the card, and that for a launch of another thread. Two that
+  // load the same at once have it twice, which costs memory only.
   if (auto wrong = load(program, architecture, kernel); !wrong.empty()) return wrong;
-  kernels[{context, program}] = kernel;
+  const std::lock_guard lock(mutex);
+  kernel = kernels.emplace(std::pair{context, program}, kernel).first->second;
   return {};
 }
 
@@ -111,15 +118,12 @@ extern "C" int embax_cuda_architectures(int* architectures, int room) {
   return count < room ? count : room;
 }
 
-extern "C" void embax_cuda_set_compiler(embax::cuda::Compiler compiler) {
-  const std::lock_guard lock(embax::cuda::mutex);
-  embax::cuda::compiler = compiler;
-}
+extern "C" void embax_cuda_set_compiler(embax::cuda::Compiler compiler) { embax::cuda::compiler = compiler; }
 
 extern "C" void embax_cuda_add(const char* program, int architecture, const void* image, size_t bytes) {
   const char* begin = static_cast<const char*>(image);
   const std::lock_guard lock(embax::cuda::mutex);
-  embax::cuda::images[{program, architecture}].assign(begin, begin + bytes);
+  embax::cuda::images.try_emplace({program, architecture}, begin, begin + bytes);
 }
 
 // The kernels' source, file by file, in the version of this library: names by which they include each other, and

@@ -19,6 +19,16 @@ inline std::string type_name(Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? "embax::cuda::BFloat16" : "embax::cuda::Float16";
 }
 
+// The formula of an optimizer, by the name that Python has for it.
+struct Formula {
+  const char* name;
+  const char* text;  // its struct, for a program
+  int element_slots;
+  bool row_slot;
+};
+
+const Formula* formula_named(const std::string& name);
+
 // A C++ type: embax::cuda::Kernel<arguments ...>.
 inline std::string program(const std::string& kernel, const std::vector<std::string>& arguments) {
   std::string text = "embax::cuda::" + kernel + "<";

@@ -33,7 +33,6 @@ class BlocksMaker {
     if (rows.rows == 0) return {};  // a block without samples would be nobody's
     if (made_.count == kMaxBlocks) return "are in too many blocks: " + std::to_string(kMaxBlocks) + " at most";
     made_.each = made_.count == 0 || made_.each == rows.rows ? static_cast<int32_t>(rows.rows) : 0;
-    if (made_.count > 0 && made_.first[made_.count] != made_.count * made_.each) made_.each = 0;
     made_.at[made_.count] = const_cast<void*>(rows.data);
     samples_ += rows.rows;
     if (samples_ > kMostIds) return "have too many samples: " + std::to_string(kMostIds) + " at most";
@@ -51,16 +50,6 @@ class BlocksMaker {
   Dtype dtype_ = Dtype::kFloat32;
   bool seen_ = false;
 };
-
-// The formula of an optimizer, by the name that Python has for it.
-struct Formula {
-  const char* name;
-  const char* text;  // its struct, for a program
-  int element_slots;
-  bool row_slot;
-};
-
-const Formula* formula_named(const std::string& name);
 
 inline ffi::Error result_of(const std::string& wrong) {
   return wrong.empty() ? ffi::Error::Success() : ffi::Error::Internal("embax: " + wrong);

@@ -7,6 +7,9 @@
 namespace embax::cuda {
 namespace {
 
+// What is larger than this does not stay in a card's second cache (40 to 50 MB) until it is read again.
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
+
 bool fits(const Rows& table) {
   return table.rows >= 0 && table.rows <= std::numeric_limits<int32_t>::max() && aligned(table.data);
 }
@@ -66,7 +69,7 @@ Plan plan_gather_pool(ffi::AnyBuffer table_buffer, IntVector ids, IntVector offs
     work.offsets = offsets.typed_data() + part.first_sample;
     work.samples = static_cast<int32_t>(part.blocks.samples());
     work.out = part.blocks.blocks();
-    work.streams = samples * table.dim * kDtypeSize[static_cast<int>(dtype)] > kStreamBytes / 4;
+    work.streams = samples * table.dim * kDtypeSize[static_cast<int>(dtype)] > kCacheBytes;
     const int64_t in_block = groups_of(table.dim) * (one ? together_of(table.dim) : 1);
     plan.add(gather_programs(table.dtype, dtype, table.dim, one, gained, levelled)[0],
              blocks_for(work.samples, in_block), work);
@@ -90,7 +93,7 @@ Plan plan_gather_rows(ffi::AnyBuffer table_buffer, IntVector ids, ffi::Result<ff
   work.capacity = work.samples = static_cast<int32_t>(count);
   work.fill = 0x7fc00000;  // NaN
   work.out = blocks.blocks();
-  work.streams = count * table.dim * kDtypeSize[static_cast<int>(table.dtype)] > kStreamBytes / 4;
+  work.streams = count * table.dim * kDtypeSize[static_cast<int>(table.dtype)] > kCacheBytes;
   const int64_t in_block = groups_of(table.dim) * together_of(table.dim);
   plan.add(gather_programs(table.dtype, table.dtype, table.dim, true, false, false)[0], blocks_for(count, in_block),
            work);

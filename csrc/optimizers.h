@@ -8,6 +8,7 @@
 //                   the row's steps need of it
 //   Hyper           the hyperparameters, read from the float32 array that Python computes once a step, in the order of
 //                   the optimizer's NamedTuple
+//   kMeanSquare     whether begin_row reads the mean of the row's squared gradients; it is 0 where it does not
 //   begin_row       (hyper, mean of the row's squared gradients, row slot), before the row's steps
 //   factor          (hyper, row slot) -> a number, once a row
 //   step            (hyper, that number, gradient, row, slots ...), for each number
@@ -33,7 +34,7 @@ namespace embax::EMBAX_ISA {
 
 // Without slots that it does not have, a formula is called with a number that nobody reads.
 struct NoRowSlot {
-  static constexpr bool kRowSlot = false;
+  static constexpr bool kRowSlot = false, kMeanSquare = false;
   template <typename Hyper>
   EMBAX_FORMULA static void begin_row(const Hyper&, float, float&) {}
   template <typename Hyper>
@@ -70,7 +71,7 @@ struct Adagrad : NoRowSlot {
 
 struct RowwiseAdagrad {
   static constexpr int kElementSlots = 0;
-  static constexpr bool kRowSlot = true;
+  static constexpr bool kRowSlot = true, kMeanSquare = true;
   using Hyper = Sgd::Hyper;
   EMBAX_FORMULA static void begin_row(const Hyper&, float mean_square, float& accumulator) {
     accumulator += mean_square;
@@ -164,7 +165,7 @@ struct Ftrl : NoRowSlot {
 
 struct F2a {
   static constexpr int kElementSlots = 1;
-  static constexpr bool kRowSlot = true;
+  static constexpr bool kRowSlot = true, kMeanSquare = false;
   struct Hyper {
     float rate, step, rho, l1, l2, max_multiplier;
     EMBAX_FORMULA explicit Hyper(const float* h)

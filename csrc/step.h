@@ -187,8 +187,11 @@ EMBAX_INLINE void step_row(const Step& work, const Constants<Optimizer>& c, int6
   float factor = 0;
   if constexpr (Optimizer::kRowSlot) {
     float* slot = work.slots[Optimizer::kElementSlots] + number;
-    const float squares = c.l2 == 0 ? sum_of_squares(gradient, c.dim, scale)
-                                    : decayed_squares(gradient, row, c.dim, scale, c.l2);
+    float squares = 0;
+    if constexpr (Optimizer::kMeanSquare) {
+      squares = c.l2 == 0 ? sum_of_squares(gradient, c.dim, scale)
+                          : decayed_squares(gradient, row, c.dim, scale, c.l2);
+    }
     Optimizer::begin_row(c.hyper, squares / static_cast<float>(c.dim), *slot);
     factor = Optimizer::factor(c.hyper, *slot);
   }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-LIBRARY = ("ffi_cuda_lookup.cc", "ffi_cuda_update.cc", "cuda_modules.cc", "test/emulated_driver.cc")
+LIBRARY = ("ffi_cuda_lookup.cc", "ffi_cuda_update.cc", "cuda_modules.cc", "cuda_queries.cc", "test/emulated_driver.cc")
 
 
 def why_not():

@@ -145,6 +145,14 @@ def test_any_ids_samples_and_offsets_are_safe():
     assert rows.tolist() == [0, 4, 5, 5, 5] and np.isfinite(sums).all()
 
 
+def test_rows_of_64_bits():
+    with jax.enable_x64(True):
+        rows, values = jnp.array([3, 2**40, -1, 3]), jnp.ones((4, 2), jnp.float32)
+        assert rows.dtype == jnp.int64
+        found = jax.jit(functools.partial(cuda.sum_rows, vocabulary_size=5))(rows, values, None, None)
+    assert found.rows.tolist() == [3, 5, 5, 5] and found.values[0].tolist() == [2.0, 2.0]
+
+
 def test_rows_marked_as_touched():
     plan = embax.plan(feature(table_spec(rows=6), inputs=(3,)), backend="cuda")
     tables = embax.track(plan, embax.init(plan, jax.random.key(0)))

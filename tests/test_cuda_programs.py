@@ -15,7 +15,8 @@ from helpers import feature, table_spec
 from test_nvrtc import PACKAGES, _package
 
 import embax
-from embax.kernels import cubins, cuda, cuda_calls, cuda_library, native, nvrtc
+from embax.id_batch import StackIds
+from embax.kernels import cubins, cuda, cuda_calls, cuda_library, cuda_trial, native, nvrtc
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100)
@@ -116,10 +117,10 @@ def fresh(monkeypatch):
     emulated.install(monkeypatch)
     monkeypatch.setattr(cuda_library, "_compiled", cuda_library._Compiled())
     monkeypatch.setattr(cuda_library._compiled, "kept", cubins.Cubins(None))
-    for cached in (cuda_library._load, cuda_library.say, cuda._tried):
+    for cached in (cuda_library._load, cuda_library.fall_back, cuda_trial._found):
         cached.cache_clear()
     yield monkeypatch
-    for cached in (cuda_library._load, cuda_library.say, cuda._tried):
+    for cached in (cuda_library._load, cuda_library.fall_back, cuda_trial._found):
         cached.cache_clear()
 
 
@@ -149,7 +150,7 @@ def test_no_card_changes_nothing(monkeypatch, capfd):
 def test_no_driver_is_a_reason(monkeypatch, capfd):
     if jax.default_backend() != "cpu":
         pytest.skip("there is a card")
-    for cached in (cuda_library._load, cuda_library.say, cuda._tried):
+    for cached in (cuda_library._load, cuda_library.fall_back, cuda_trial._found):
         cached.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     try:
@@ -168,7 +169,7 @@ def test_no_library_is_a_reason(fresh, tmp_path, capfd):
     fresh.setenv(cuda_library.LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     assert "there is no such file" in cuda.unavailable()
     (tmp_path / "none.so").write_bytes(b"no library")
-    for cached in (cuda_library._load, cuda._tried):
+    for cached in (cuda_library._load, cuda_trial._found):
         cached.cache_clear()
     assert "library failed to load" in cuda.unavailable()
 
@@ -188,7 +189,7 @@ def test_a_compiler_that_fails_is_a_reason(fresh, capfd):
 
 
 def test_a_trial_that_fails_is_a_reason(fresh, capfd):
-    fresh.setattr(cuda, "_WANTED", ([[4.0, 6.0], [0.0, 1.0], [0.0, 0.5]], cuda._WANTED[1]))
+    fresh.setattr(cuda_trial, "_WANTED", ([[4.0, 6.0], [0.0, 1.0], [0.0, 0.5]], cuda_trial._WANTED[1]))
     assert cuda.unavailable().startswith("a trial gave [[4.0, 6.0], [0.0, 1.0], [0.0, 0.0]], rows")
     with pytest.raises(ValueError, match="backend 'cuda' .* cannot run here: a trial gave"):
         embax.kernels.choose("cuda")
@@ -210,6 +211,28 @@ def test_one_kernel_that_fails_sends_its_calls_to_the_reference(fresh, capfd):
     assert lines[0].endswith("sm_90: this card is too new); using the reference backend")
 
 
+def test_one_of_several_processes_does_not_fall_back_alone(fresh):
+    fresh.setattr(nvrtc, "find", Broken)
+    fresh.setattr(jax, "process_count", lambda: 2)
+    text = (
+        r"for this process in process 0 of 2 \(.*too new\); all processes must run the same program: set EMBAX_BACKEND"
+    )
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=text):
+            cuda.unavailable()
+    fresh.setenv("EMBAX_BACKEND", "reference")
+    assert embax.kernels.choose().name == "reference"
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_other_accelerators_are_left_alone(platform, monkeypatch, capfd):
+    """JAX calls AMD's cards "gpu" as well."""
+    device = type("Device", (), {"client": type("Client", (), {"platform_version": "rocm 60300"})})
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert cuda.unavailable() == f"the default JAX backend is {platform}" and capfd.readouterr().err == ""
+
+
 def test_what_was_prepared_is_all_that_is_launched(fresh):
     """Nothing is left to be compiled when a program runs: Python asks for the kernels that the bindings launch."""
     assert cuda.unavailable() is None
@@ -220,7 +243,14 @@ def test_what_was_prepared_is_all_that_is_launched(fresh):
         taken = cuda.take(table, ids)
         rows = cuda.sum_rows(ids, taken, None, None, 50)
         state = cuda.apply(embax.Adam(0.1), embax.init_slots(embax.Adam(0.1), table), rows, _hyper())
-        return taken, state, cuda.distinct_rows(ids, 50)
+        return taken, state, cuda.distinct_rows(ids, 50), many_lookups(table, ids[:130])
+
+    one_table = table_spec(rows=50, dim=6)
+    plan = embax.plan([feature(one_table, name=f"x{i}", inputs=(1,)) for i in range(130)])
+
+    def many_lookups(table, ids):  # more features, of one id each, than one launch has room for
+        offsets = jnp.arange(131, dtype=jnp.int32)
+        return cuda.gather_pool(plan.stacks[0], table, StackIds(ids, offsets, None, (1,) * 130, (1,) * 130))
 
     lowered = jax.jit(all_of_them).lower(table, ids)
     known = set(cuda_library._compiled.done)

@@ -109,7 +109,7 @@ def test_only_headers_that_are_given(compiler, tmp_path, monkeypatch):
         compiler.compile('#include "other.h"\n', HEADERS, 90)
 
 
-def test_unknown_architectures(compiler):
+def test_unknown_architectures(compiler, monkeypatch):
     known = compiler.architectures()
     assert list(known) == sorted(known) and {80, 90} <= set(known)
     package = "nvidia-cuda-nvrtc-cu12" if compiler.version[0] == 12 else "nvidia-cuda-nvrtc"
@@ -118,8 +118,16 @@ def test_unknown_architectures(compiler):
         compiler.compile(SOURCE, HEADERS, 9999)
     with pytest.raises(nvrtc.NvrtcError, match=rf"sm_20 is too old: NVRTC .* compiles for sm_{known[0]} to"):
         compiler.compile(SOURCE, HEADERS, 20)
-    with pytest.raises(nvrtc.NvrtcError, match=r"sm_99 is none of its own: NVRTC .* compiles for .*80, .*90, "):
-        compiler.compile(SOURCE, HEADERS, 99)
+    monkeypatch.setattr(compiler, "architectures", lambda: (80, 87, 120))
+    with pytest.raises(nvrtc.NvrtcError, match=r"sm_100 is like none of its own: NVRTC .* for 80, 87, 120; try"):
+        compiler.compile(SOURCE, HEADERS, 100)
+    assert compiler._fitting(89) == 80  # 87 is of other machines
+
+
+def test_a_card_between_two_that_are_known(compiler):
+    assert compiler._fitting(90) == 90 and 98 not in compiler.architectures()
+    assert compiler._fitting(98) == max(one for one in compiler.architectures() if one // 10 == 9)
+    assert compiler.compile(SOURCE, HEADERS, 98).startswith(b"\x7fELF")
 
 
 def test_threads_compile_at_once(compiler):

@@ -116,6 +116,23 @@ EMBAX_DEVICE void store(T* to, const Numbers<n>& numbers, bool streams = false) 
   store_word<T, n>(to, bits, streams);
 }
 
+// Sums that come out of a loop: NVRTC (13.5) takes a plain store of those apart into stores of 4 bytes.
+template <int n>
+EMBAX_DEVICE void store_sums(float* to, const Numbers<n>& sums) {
+#if defined(__CUDACC_RTC__)
+  if constexpr (n == 4) {
+    asm("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(sums.at[0]), "f"(sums.at[1]), "f"(sums.at[2]),
+        "f"(sums.at[3])
+        : "memory");
+    return;
+  } else if constexpr (n == 2) {
+    asm("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(sums.at[0]), "f"(sums.at[1]) : "memory");
+    return;
+  }
+#endif
+  store<float, n>(to, sums);
+}
+
 // Rounded up with the probability of what is cut off.
 template <typename T, int n>
 EMBAX_DEVICE void store_at_random(T* to, const Numbers<n>& numbers, uint32_t row_seed, int64_t column) {
@@ -133,7 +150,7 @@ struct Group {
   static constexpr int kLanes = lanes_of(dim), kVector = vector_of(dim), kGroups = groups_of(dim);
   static constexpr int kStrip = kLanes * kVector;
   static constexpr int kAll = static_cast<int>(strips_of(dim));
-  static constexpr int kHeld = kAll < kStrips ? kAll : kStrips;  // strips in hand at a time
+  static constexpr int kHeld = kAll < kMostStrips ? kAll : kMostStrips;  // strips in hand at a time
   static constexpr int kPasses = (kAll + kHeld - 1) / kHeld;
   using V = Numbers<kVector>;
 

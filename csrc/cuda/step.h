@@ -25,30 +25,36 @@ struct Sums {
   // Adds the entries [begin, end), in order.
   static EMBAX_DEVICE void add_entries(const StepWork& work, int pass, int begin, int end, V* total) {
     for (int i = begin; i < end; i += kAhead) {
-      const D* from[kAhead];
+      int sample[kAhead];
       float gain[kAhead];
 #pragma unroll
       for (int t = 0; t < kAhead; ++t) {
-        const int sample = i + t >= end ? -1 : work.samples == nullptr ? i + t : __ldg(work.samples + i + t);
-        from[t] = is_row(sample, work.sample_count) ? row_at<const D, dim>(work.gradients, sample) : nullptr;
+        sample[t] = i + t >= end ? -1 : work.samples == nullptr ? i + t : __ldg(work.samples + i + t);
         gain[t] = 1.0f;
         if constexpr (gained) gain[t] = i + t < end ? __ldg(work.gains + i + t) : 0.0f;
+      }
+      const D* from[kAhead];
+#pragma unroll
+      for (int t = 0; t < kAhead; ++t) {
+        from[t] = is_row(sample[t], work.sample_count) ? row_at<const D, dim>(work.gradients, sample[t]) : nullptr;
       }
 #pragma unroll
       for (int strip = 0; strip < G::kHeld; ++strip) add_strip(from, gain, G::column(pass, strip), total[strip]);
     }
   }
 
-  // Adds `count` rows of sums that lie one behind the other, in order, several under way at a time.
+  // Adds `count` rows of sums that lie one behind the other, in order.
+  template <int ahead>
   static EMBAX_DEVICE void add_rows(const float* sums, int count, int pass, V* total) {
-    for (int k = 0; k < count; k += kAhead) {
+#pragma unroll ahead
+    for (int k = 0; k < count; ++k) {
 #pragma unroll
       for (int strip = 0; strip < G::kHeld; ++strip) {
         const int64_t column = G::column(pass, strip);
-        const float* from[kAhead];
+        if (!G::holds(column)) continue;
+        const V values = load_constant<float, G::kVector>(sums + static_cast<int64_t>(k) * dim + column);
 #pragma unroll
-        for (int t = 0; t < kAhead; ++t) from[t] = k + t < count ? sums + static_cast<int64_t>(k + t) * dim : nullptr;
-        Sums<float, dim, false>::add_strip(from, nullptr, column, total[strip]);
+        for (int i = 0; i < G::kVector; ++i) total[strip].at[i] += values.at[i];
       }
     }
   }
@@ -56,23 +62,24 @@ struct Sums {
   // Adds a whole run.
   static EMBAX_DEVICE void add_run(const StepWork& work, int pass, int begin, int end, V* total) {
     for (int at = begin; at < end;) {
-      if (at % kPiece != 0 || end - at < kPiece) {
-        const int until = nearer(end, at / kPiece * kPiece + kPiece);
+      const int tile = at / kPiece,
+                behind = tile * kPiece + kPiece;  // at most count + kPiece: no overflow, see the binding
+      if (at % kPiece != 0 || behind > end) {
+        const int until = behind < end ? behind : end;
         add_entries(work, pass, at, until, total);
         at = until;
-      } else if (at % kField != 0 || end - at < kField) {
-        const int tiles = (nearer(end, at / kField * kField + kField) - at) / kPiece;
-        add_rows(work.tiles + static_cast<int64_t>(at / kPiece) * dim, tiles, pass, total);
-        at += tiles * kPiece;
-      } else {
-        const int fields = (end - at) / kField;
-        add_rows(work.fields + static_cast<int64_t>(at / kField) * dim, fields, pass, total);
-        at += fields * kField;
+        continue;
       }
+      // Whole fields, else the tiles before the next field.
+      const bool in_fields = at % kField == 0 && end - at >= kField;
+      const int size = in_fields ? kField : kPiece, next = at / kField * kField + kField;
+      const int count = ((in_fields || end < next ? end : next) - at) / size;
+      add_rows<2>((in_fields ? work.fields : work.tiles) + static_cast<int64_t>(at / size) * dim, count, pass, total);
+      at += count * size;
     }
   }
 
-  // Adds one strip of kAhead rows, of those that are there.
+ private:
   static EMBAX_DEVICE void add_strip(const D* const* from, const float* gain, int64_t column, V& total) {
     if (!G::holds(column)) return;
     V values[kAhead];
@@ -87,10 +94,6 @@ struct Sums {
       for (int i = 0; i < G::kVector; ++i) total.at[i] += gained ? gain[t] * values[t].at[i] : values[t].at[i];
     }
   }
-
- private:
-  // No sum of these overflows: the bindings leave room for two fields behind the last entry.
-  static EMBAX_DEVICE int nearer(int one, int other) { return one < other ? one : other; }
 };
 
 // Whether the entries [first, first + size) are there and of one row.
@@ -114,7 +117,7 @@ struct TileSums {
       Sums<D, dim, gained>::add_entries(work, pass, static_cast<int>(first), static_cast<int>(first) + kPiece, total);
       for (int strip = 0; strip < G::kHeld; ++strip) {
         const int64_t column = G::column(pass, strip);
-        if (G::holds(column)) store<float, G::kVector>(work.tiles + tile * dim + column, total[strip]);
+        if (G::holds(column)) store_sums(work.tiles + tile * dim + column, total[strip]);
       }
     }
   }
@@ -131,10 +134,10 @@ struct FieldSums {
     if (!is_whole(work, field * kField, kField)) return;
     for (int pass = 0; pass < G::kPasses; ++pass) {
       typename G::V total[G::kHeld] = {};
-      Sums<float, dim, false>::add_rows(work.tiles + field * kPiece * dim, kPiece, pass, total);
+      Sums<float, dim, false>::template add_rows<16>(work.tiles + field * kPiece * dim, kPiece, pass, total);
       for (int strip = 0; strip < G::kHeld; ++strip) {
         const int64_t column = G::column(pass, strip);
-        if (G::holds(column)) store<float, G::kVector>(work.fields + field * dim + column, total[strip]);
+        if (G::holds(column)) store_sums(work.fields + field * dim + column, total[strip]);
       }
     }
   }
@@ -155,7 +158,7 @@ struct SumRows {
         Sums<D, dim, gained>::add_run(work, pass, begin, end, total);
         for (int strip = 0; strip < G::kHeld; ++strip) {
           const int64_t column = G::column(pass, strip);
-          if (G::holds(column)) store<float, G::kVector>(work.out_values + rank * dim + column, total[strip]);
+          if (G::holds(column)) store_sums(work.out_values + rank * dim + column, total[strip]);
         }
       }
     }
@@ -196,7 +199,7 @@ struct Step {
           decay(work.modifiers[2]),
           seed(*work.seed),
           clips(clip_norm < float_of(0x7f800000)),
-          squares(clips || Optimizer::kRowSlot) {}
+          squares(clips || Optimizer::kMeanSquare) {}
   };
 
   // A row's strips in hand, as they were before the step.
@@ -260,7 +263,8 @@ struct Step {
 
   // What the whole row says about its numbers' steps; writes the row's own slot.
   template <typename Squares>
-  static EMBAX_DEVICE Factors factors_of(const Work& work, const Constants& c, int64_t row, const Squares& squares) {
+  static EMBAX_DEVICE Factors factors_of(const Work& work, const Constants& c, int64_t row, float own,
+                                         const Squares& squares) {
     float scale = 1, factor = 0;
     if (c.clips) {
       const float norm = sqrtf(squares(1.0f, 0.0f));
@@ -268,8 +272,10 @@ struct Step {
     }
     if constexpr (Optimizer::kRowSlot) {
       float* const slot = work.slots[kSlots] + row;
-      float value = G::first(G::lane() == 0 ? *slot : 0.0f);
-      Optimizer::begin_row(c.hyper, squares(scale, c.l2) / static_cast<float>(dim), value);
+      float value = G::first(own);
+      float mean_square = 0;
+      if constexpr (Optimizer::kMeanSquare) mean_square = squares(scale, c.l2) / static_cast<float>(dim);
+      Optimizer::begin_row(c.hyper, mean_square, value);
       factor = Optimizer::factor(c.hyper, value);
       if (G::lane() == 0) *slot = value;
     }
@@ -278,16 +284,20 @@ struct Step {
 
   static EMBAX_DEVICE void step_row(const Work& work, const Constants& c, int64_t row, int begin, int end) {
     Factors factors{1, 0};
+    float own = 0;  // the row's own slot, which lane 0 has; asked for with the row
+    if constexpr (Optimizer::kRowSlot) {
+      if (G::lane() == 0) own = work.slots[kSlots][row];
+    }
     if constexpr (G::kPasses == 1) {
       V gradient[G::kHeld];
       Held held(work, row, 0);
       sum(work, 0, begin, end, gradient);
-      factors = factors_of(work, c, row,
+      factors = factors_of(work, c, row, own,
                            [&](float scale, float l2) { return G::sum(squares_of(gradient, held, 0, scale, l2)); });
       step_strips(work, c, row, 0, factors, gradient, held);
     } else {
-      if (c.squares) {
-        factors = factors_of(work, c, row,
+      if (c.squares || Optimizer::kRowSlot) {
+        factors = factors_of(work, c, row, own,
                              [&](float scale, float l2) { return all_squares(work, row, begin, end, scale, l2); });
       }
 #pragma unroll 1

@@ -8,7 +8,8 @@
 //   numbers  0 1 | 2 3 | 4 5 | 6 7 | 8 9
 //   lane       0     1     2     3     4
 //
-// Rows of 1,030 numbers, vector 2, lanes 32: a strip is 64 numbers, there are 17; a pass does up to kStrips of them.
+// Rows of 1,030 numbers, vector 2, lanes 32: a strip is 64 numbers, there are 17; a pass does up to kMostStrips of
+// them.
 
 #ifndef EMBAX_CSRC_CUDA_WORK_H_
 #define EMBAX_CSRC_CUDA_WORK_H_
@@ -30,7 +31,7 @@ namespace embax::cuda {
 
 constexpr int kThreads = 256;  // of a block, whatever the kernel
 constexpr int kWarp = 32;
-constexpr int kStrips = 4;  // the most a lane holds at a time
+constexpr int kMostStrips = 4;  // the most a lane holds at a time
 
 // Numbers that a lane loads at once: 16 bytes of float32, where the rows' lengths keep them aligned.
 EMBAX_RULE int vector_of(int64_t dim) { return dim % 4 == 0 ? 4 : dim % 2 == 0 ? 2 : 1; }

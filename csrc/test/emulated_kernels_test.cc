@@ -179,7 +179,7 @@ bool close(float a, float b, float tolerance) { return same(a, b) || std::fabs(a
 
 // To a norm of 1 at most.
 std::vector<float> clipped(std::vector<float> sum) {
-  const int64_t dim = static_cast<int64_t>(sum.size()), pass = cuda::kStrips * cuda::lanes_of(dim) * cuda::vector_of(dim);
+  const int64_t dim = static_cast<int64_t>(sum.size()), pass = cuda::kMostStrips * cuda::lanes_of(dim) * cuda::vector_of(dim);
   const auto square = [&](int64_t d) { return sum[static_cast<size_t>(d)] * sum[static_cast<size_t>(d)]; };
   const float norm = std::sqrt(sum_in_group(dim, pass, square));
   const float scale = norm > 1 ? 1 / norm : 1;

@@ -7,16 +7,14 @@ well.
 """
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from embax.id_batch import StackIds
-from embax.kernels import cuda_calls, cuda_library, reference
+from embax.kernels import cuda_calls, cuda_library, cuda_trial, reference
 from embax.kernels.calls import Occurrences
 from embax.kernels.operands import DTYPES, levels_of, of_one_dtype
 from embax.optimizers.base import Optimizer, map_slots
@@ -30,10 +28,11 @@ NAME = "cuda"
 def unavailable() -> str | None:
     """Returns why this backend cannot be used: another platform, no driver, nothing to compile with, a failed trial."""
     platform = jax.default_backend()
-    # A library that was named may be for another platform.
-    if platform == "cpu" and not cuda_library.is_named():
+    # A library that was named may be for another platform; AMD's cards are "gpu" too.
+    others = platform not in ("gpu", "cuda") or "rocm" in jax.local_devices()[0].client.platform_version.lower()
+    if others and not cuda_library.is_named():
         return f"the default JAX backend is {platform}"
-    return _tried(cuda_library.file())
+    return cuda_trial.tried(cuda_library.file())
 
 
 def reason() -> str:
@@ -45,6 +44,7 @@ def gather_pool(stack: StackPlan, table: jax.Array, ids: StackIds) -> tuple[jax.
     """Returns the activations of each feature of the stack."""
     dtype, levels = stack.activation_dtype, levels_of(stack)
     one = ids.gains is None and all(valency == 1 for valency in ids.valencies)
+    one = one and len(ids.samples) <= cuda_calls.most_blocks()
 
     def kernel(table, ids):
         found = Occurrences(ids.ids, ids.offsets, None, ids.gains)
@@ -137,7 +137,7 @@ def sum_rows(rows: jax.Array, values: jax.Array, samples: Any, gains: Any, vocab
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _summed(rows, values, samples, gains, vocabulary_size):
     def kernel(rows, values, samples, gains):
-        present = jnp.where((rows >= 0) & (rows < vocabulary_size), rows, vocabulary_size)
+        present = jnp.where((rows >= 0) & (rows < vocabulary_size), rows, vocabulary_size).astype(jnp.int32)
         entries = sorted_entries(present, samples, gains)
         parts = cuda_calls.row_gradients(entries, rows, of_one_dtype((values,)), vocabulary_size)
         return RowGradients(*parts, vocabulary_size)
@@ -269,15 +269,14 @@ def _blocks(gradients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(jnp.concatenate(blocks[i : i + size]) for i in range(0, len(blocks), size))
 
 
-# ---- whether and where
-# -----------------------------------------------------------------------------------------------
+# ---- whether and where -----------------------------------------------------------------------------------------------
 
 
 def _ready(what: str, programs: Callable[[], str]) -> bool:
     """Returns whether the kernels of a call are compiled; says, once, why not."""
     why_not = cuda_library.prepare(programs())
     if why_not:
-        cuda_library.say(what, why_not)
+        cuda_library.fall_back(what, why_not)
     return not why_not
 
 
@@ -285,59 +284,3 @@ def _on_card(kernel: Callable, otherwise: Callable, *operands: Any) -> Any:
     """Returns what ``kernel`` makes where a program is lowered for its platform, elsewhere what the reference does."""
     here = cuda_library.load().platform.lower()
     return jax.lax.platform_dependent(*operands, default=otherwise, **{here: kernel})
-
-
-@functools.cache
-def _tried(file: Any) -> str | None:
-    """Returns why the library at ``file`` is not used, None if it is: it loads, and six ids come out right."""
-    try:
-        loaded = cuda_library.load()
-        why_not = cuda_library.prepare(cuda_calls.runs_programs()) or _aside(_trial)
-    except Exception as error:  # whatever is wrong, JAX and the reference backend still work
-        why_not = f"{error}"
-    if why_not:
-        cuda_library.say("this process", why_not)
-        return why_not
-    del loaded
-    return None
-
-
-def _aside(check: Callable[[], str | None]) -> str | None:
-    """Runs ``check`` in a thread of its own: nothing that is being traced here is seen there."""
-    found: list[Any] = []
-
-    def run():
-        try:
-            found.append(check())
-        except Exception as error:
-            found.append(f"a trial failed: {type(error).__name__}: {error}".splitlines()[0])
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found[0]
-
-
-# Ids 2 0 | 0 7 -1 | in rows 0..3: sums r2 + r0, r0 and nothing; gradients 1, 10 and 100.
-_TABLE = np.arange(8, dtype=np.float32).reshape(4, 2)
-_IDS, _OFFSETS = np.array([2, 0, 0, 7, -1, 3], np.int32), np.array([0, 2, 5, 5], np.int32)
-_WANTED = [[4.0, 6.0], [0.0, 1.0], [0.0, 0.0]], [[11.0, 11.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
-
-
-def _trial() -> str | None:
-    """Looks up and adds up six ids on the first card; returns what is wrong with the results."""
-    device = jax.local_devices()[0]
-    table, ids, offsets = (jax.device_put(array, device) for array in (_TABLE, _IDS, _OFFSETS))
-    gradients = jax.device_put(np.repeat(np.array([[1.0], [10.0], [100.0]], np.float32), 2, axis=1), device)
-
-    @jax.jit
-    def run(table, ids, offsets, gradients):
-        looked_up = cuda_calls.gather_pool(table, Occurrences(ids, offsets), (3,), jnp.float32)[0]
-        rows = jnp.where((jnp.arange(6) < offsets[-1]) & (ids >= 0) & (ids < 4), ids, 4)
-        entries = sorted_entries(rows, cuda_calls.samples_of(offsets, 6), None)
-        return looked_up, *cuda_calls.row_gradients(entries, looked_up, (gradients,), 4)
-
-    looked_up, rows, sums = map(np.asarray, run(table, ids, offsets, gradients))
-    if looked_up.tolist() != _WANTED[0] or rows.tolist() != [0, 2, 4, 4] or sums.tolist() != _WANTED[1]:
-        return f"a trial gave {looked_up.tolist()}, rows {rows.tolist()}, sums {sums.tolist()}"
-    return None

@@ -7,6 +7,7 @@ way. One that was not traced here (it comes out of a cache) has its kernels comp
 runs.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -106,20 +107,27 @@ def _load(path: Path) -> Loaded:
     why_not = library.embax_cuda_why_not()
     if why_not:
         raise native.Refusal(why_not.decode())
-    architectures = _architectures(library)
+    platform = library.embax_cuda_platform().decode()
+    architectures = _of_jax(platform) or _architectures(library)
     compiler = nvrtc.find()
     sources = {
         library.embax_cuda_source_name(i).decode(): library.embax_cuda_source_text(i).decode()
         for i in range(library.embax_cuda_sources())
     }
-    platform = library.embax_cuda_platform().decode()
     _register(library, platform)
     names = ", ".join(f"sm_{architecture}" for architecture in architectures)
     reason = f"{names}; {compiler!r}; {versions}"
     loaded = Loaded(library, platform, architectures, compiler, sources, reason)
     _callbacks.append(_Compiler(functools.partial(_compile, loaded)))
     library.embax_cuda_set_compiler(_callbacks[-1])
+    atexit.register(library.embax_cuda_set_compiler, _Compiler())  # nobody is to call Python when it is gone
     return loaded
+
+
+def _of_jax(platform: str) -> tuple[int, ...]:
+    """Returns the architectures of the cards that JAX uses in this process, which may be fewer than there are."""
+    found = (device.compute_capability.split(".") for device in jax.local_devices() if device.platform == "gpu")
+    return tuple(sorted({10 * int(major) + int(minor) for major, minor in found})) if platform == "CUDA" else ()
 
 
 def _architectures(library: Any) -> tuple[int, ...]:
@@ -170,19 +178,19 @@ def prepare(programs: str) -> str | None:
     loaded = load()
     for program in programs.splitlines():
         for architecture in loaded.architectures:
-            if _compile(loaded, program.encode(), architecture):
+            if not _compile(loaded, program.encode(), architecture):
                 return _compiled.failed[program, architecture]
     return None
 
 
 def _compile(loaded: Loaded, program: bytes, architecture: int) -> int:
-    """Hands the library a program's machine code; returns 0 if it has it. Never raises: C++ calls it."""
+    """Hands the library a program's machine code; returns 1 if it has it. Never raises: C++ calls it."""
     name = program.decode()
     with _LOCK:
         if (name, architecture) in _compiled.done:
-            return 0
-        if (name, architecture) in _compiled.failed:
             return 1
+        if (name, architecture) in _compiled.failed:
+            return 0
         try:
             source = f'#include "cuda/kernels.h"\nEMBAX_CUDA_KERNEL({name})\n'
             image = _compiled.kept.get(
@@ -192,9 +200,9 @@ def _compile(loaded: Loaded, program: bytes, architecture: int) -> int:
             loaded.library.embax_cuda_add(program, architecture, image, len(image))
         except Exception as error:  # whatever is wrong with a compiler, JAX and the reference backend still work
             _compiled.failed[name, architecture] = f"{name}, sm_{architecture}: {error}"
-            return 1
+            return 0
         _compiled.done.add((name, architecture))
-        return 0
+        return 1
 
 
 def _key(loaded: Loaded, program: str, architecture: int) -> str:
@@ -206,6 +214,17 @@ def _key(loaded: Loaded, program: str, architecture: int) -> str:
 
 
 @functools.cache
-def say(what: str, why: str) -> None:
-    """Prints, once, that something runs on the reference backend instead, and why."""
+def fall_back(what: str, why: str) -> None:
+    """Prints, once, that something runs on the reference backend instead, and why.
+
+    Raises:
+      RuntimeError: with several processes: if one alone fell back, they would run different programs, and wait for each
+        other for ever.
+    """
+    if jax.process_count() > 1:
+        process = f"process {jax.process_index()} of {jax.process_count()}"
+        raise RuntimeError(
+            f"CUDA kernels cannot be used for {what} in {process} ({why}); "
+            "all processes must run the same program: set EMBAX_BACKEND=reference in all of them"
+        )
     print(f"embax: CUDA kernels are off for {what} ({why}); using the reference backend", file=sys.stderr)

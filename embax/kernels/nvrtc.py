@@ -119,8 +119,7 @@ class Nvrtc:
         Raises:
             NvrtcError: If this NVRTC does not know the architecture, or the program has errors.
         """
-        self._check_architecture(architecture)
-        options = [option.encode() for option in (f"--gpu-architecture=sm_{architecture}", *OPTIONS)]
+        options = [option.encode() for option in (f"--gpu-architecture=sm_{self._fitting(architecture)}", *OPTIONS)]
         with _LOCK:
             program = self._create(source, headers)
             try:
@@ -156,10 +155,15 @@ class Nvrtc:
     def _says(self, code: int) -> str:
         return (self._library.nvrtcGetErrorString(code) or b"").decode(errors="replace")
 
-    def _check_architecture(self, architecture: int) -> None:
+    def _fitting(self, architecture: int) -> int:
+        """Returns the newest architecture it knows whose machine code runs on a card of that one."""
         known = self.architectures()
         if architecture in known:
-            return
+            return architecture
+        # Code for X.y runs on X.z, z > y; 87 is of other machines.
+        older = [one for one in known if one // 10 == architecture // 10 and one < architecture and one != 87]
+        if older:
+            return older[-1]
         rule = f"{self!r} compiles for sm_{known[0]} to sm_{known[-1]}"
         if architecture > known[-1]:
             package = "nvidia-cuda-nvrtc" if self.version[0] > 12 else f"nvidia-cuda-nvrtc-cu{self.version[0]}"
@@ -167,7 +171,7 @@ class Nvrtc:
         if architecture < known[0]:
             raise NvrtcError(f"architecture sm_{architecture} is too old: {rule}; try an older CUDA's NVRTC")
         rule = f"{self!r} compiles for {', '.join(map(str, known))}"
-        raise NvrtcError(f"architecture sm_{architecture} is none of its own: {rule}; try a newer CUDA's NVRTC")
+        raise NvrtcError(f"architecture sm_{architecture} is like none of its own: {rule}; try a newer CUDA's NVRTC")
 
     def _load_builtins(self) -> None:
         # NVRTC opens them by name once it compiles. The wheels of CUDA 13.0 lack the entry that leads it to its own

@@ -193,7 +193,7 @@ def test_who_does_not_fit_is_left_out(tmp_path, capsys, best_only):
 def test_a_backend_that_cannot_run_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels.get("cpu"), "unavailable", lambda: "no compiler")
     contenders, left_out = task._contenders(_features(tmp_path, ONE_TABLE), task.Settings(**FEW))
-    assert left_out == {"embax cpu": "no compiler"}
+    assert left_out == {"embax cpu": "no compiler", "embax cuda": "the default JAX backend is cpu"}
     assert [c.name for c in contenders] == ["embax reference", task.DENSE]
 
 

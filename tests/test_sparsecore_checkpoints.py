@@ -515,6 +515,22 @@ def test_archives_and_the_command(tmp_path, monkeypatch, capsys):
     assert 'a "cpu" has no known number of SparseCores (TPU v5' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_an_archive_that_leads_out_of_its_folder(older, tmp_path, monkeypatch):
+    """Python before 3.11.4 has no filter for archives; there embax looks itself."""
+    if older:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    elif not hasattr(tarfile, "data_filter"):
+        pytest.skip("this Python has no filter for archives")
+    monkeypatch.setenv(checkpoint_utils.ARCHIVES, str(tmp_path / "u"))
+    (tmp_path / "secret").write_text("x")
+    with tarfile.open(tmp_path / "bad.tgz", "w:gz") as file:
+        file.add(tmp_path / "secret", arcname="../../../out")
+    with pytest.raises((ValueError, tarfile.TarError), match="out"):
+        checkpoint_utils.decompress_checkpoint(str(tmp_path / "bad.tgz"))
+    assert not [path for path in tmp_path.rglob("out") if path.name == "out"]
+
+
 CHANGES = {
     'table "a": vocabulary_size was 37 and is 38': {"a": (38, 5, TABLES["a"][2])},
     'table "b": embedding_dim was 8 and is 7': {"b": (90, 7, TABLES["b"][2])},

@@ -1,6 +1,10 @@
 """Every test runs on 8 fake CPU devices, with strict dtype promotion and rank promotion refused."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what is to run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Most of the time of these tests goes into compiling. `make test` asks for programs that are not optimized, which takes
 # half as long, on the oldest jax; on the newest, at night and without the variable they are as users have them.
@@ -69,6 +73,15 @@ NIGHTLY = (
     ("test_mesh_shapes.py", ("[cuda",)),
     ("test_mesh.py", ("[cuda",)),
     ("test_route.py", ("[cuda",)),
+    ("test_battery.py", ("[cuda-sgd_schedule", "[cuda-adagrad_callable", "[cuda-custom")),
+    ("test_lookup_update.py", ("test_quantized_rows[cuda", "test_activation_dtype[cuda", "inside_jit[cuda")),
+    ("test_calls.py", ("derivative_of_weights[cuda",)),
+    ("test_gpu_bench.py", ("test_what_is_written", "test_bags_programs")),
+    ("test_sparsecore_layers.py", ("test_nnx[4]",)),
+    ("test_sparsecore_meshes.py", ("[nnx-shape1",)),
+    ("test_mesh_layers.py", ("[_square-",)),
+    ("test_touched.py", ("test_mesh[cpu-column", "test_mesh[cpu-row-_step_by")),
+    ("test_feature_embed.py", ("[LinenModel-weighted",)),
     ("test_pieces.py", ("-one]", "-three]", "[column-square]", "[table-square]", "[replicated-square]", "-alone]")),
     ("test_mesh_quantized.py", ("-reference-route-", "-reference-gather-4]")),
     ("test_checkpoint.py", ("test_damage_is_named[_cut]", "test_damage_is_named[_empty]", "[table-", "[replicated-")),
@@ -208,6 +221,7 @@ ONCE = (
     ("test_run_verbs.py", ("test_",)),
     ("test_retrieval.py", ("test_",)),
     ("test_nvrtc.py", ("test_",)),
+    ("test_gpu_lowering.py", ("test_",)),
     ("test_cuda.py", ("test_",)),
     ("test_cuda_programs.py", ("test_",)),
     ("test_emulated.py", ("test_",)),

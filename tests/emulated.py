@@ -43,7 +43,7 @@ def library():
         generated = _folder() / "sources"
         generated.mkdir(exist_ok=True)
         (generated / "cuda_sources.h").write_text(_no_sources())
-        flags = ["-O1", "-DEMBAX_EMULATED", "-isystem", str(ROOT / "third_party/xla_ffi"), "-I", str(generated)]
+        flags = ["-O0", "-DEMBAX_EMULATED", "-isystem", str(ROOT / "third_party/xla_ffi"), "-I", str(generated)]
         _run([*flags, "-I", str(CSRC), *(str(CSRC / name) for name in LIBRARY), "-ldl"], out)
     return out
 

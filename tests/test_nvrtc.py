@@ -24,7 +24,7 @@ def _package(major):
         file = pathlib.Path(entry) / "nvidia" / PACKAGES[major]
         if file.exists():
             return file
-    pytest.skip(f"NVRTC {major} is not installed: pip install 'embax[test]' brings it on Linux")
+    pytest.skip(f"NVRTC {major} is not installed: pip install 'embax[dev]' brings it on Linux")
 
 
 @pytest.fixture(params=sorted(PACKAGES))

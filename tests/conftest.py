@@ -85,7 +85,6 @@ NIGHTLY = (
     ("test_battery.py", ("[cuda-adagrad_momentum_nesterov", "[cuda-ftrl_multiplied", "[cuda-adagrad_momentum-")),
     ("test_cuda.py", ("every_length[2]", "every_length[200]", "every_length[516]", "[one field]", "[one piece]")),
     ("test_incremental.py", ("test_any_plan_to_any_plan",)),
-    ("test_examples.py", ("[by_nnx]",)),
     ("test_checkpoint_death.py", ("[asynchronous-incremental-2]",)),
     ("test_sparsecore_pipelines.py", ("test_nnx[4]",)),
     ("test_sparsecore_meshes.py", ("[nnx-shape4",)),

@@ -198,8 +198,9 @@ def test_without_the_packages_of_the_command_line(monkeypatch, package):
 
 def test_a_backend_that_cannot_run_here_is_one_line(monkeypatch):
     monkeypatch.setenv("EMBAX_BACKEND", "none_such")
-    code, _, err = verbs.embax("inspect", "--backend")
+    code, out, err = verbs.embax("inspect", "--backend")
     assert code == 2 and len(err) == 1 and "backend 'none_such' (forced by EMBAX_BACKEND) does not exist" in err[0]
+    assert "reference: plain XLA, on every platform" in out
 
 
 def test_the_command_trains_on_the_journey(monkeypatch, tmp_path):

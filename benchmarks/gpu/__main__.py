@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = 1
     path = write(findings.written(), options.results)
     minutes = (time.monotonic() - begin) / 60
-    print(f"\n{path.read_text()}\n{minutes:.1f} minutes; written to {path.parent.name}/{path.stem}.*")
+    print(f"\n{path.read_text()}\n{minutes:.1f} minutes; written to {path.with_suffix('')}.*")
     return status
 
 

@@ -45,6 +45,7 @@ def _backend() -> str:
     try:
         return kernels.chosen()
     except ValueError as error:  # EMBAX_BACKEND names one that cannot run here
+        typer.echo("\n".join(kernels.described()))
         raise CommandError(str(error)) from None
 
 

@@ -98,7 +98,10 @@ def _load(path: Path) -> Loaded:
     if not path.exists() and is_named():
         raise native.Refusal(f"{LIBRARY_VARIABLE}={path}: there is no such file")
     if not path.exists():
-        raise native.Refusal("not built: embax was installed without a C++ compiler, or not on Linux")
+        built = (
+            "embax was installed without a C++ compiler, or not on Linux, or this is a checkout without `make native`"
+        )
+        raise native.Refusal(f"{path} is missing: {built}")
     library = native.open_library(path)
     versions = native.check_ffi(library, "embax_cuda_ffi_api", [*native.CUDA_TARGETS, *_FUNCTIONS])
     for name, (result, arguments) in _FUNCTIONS.items():

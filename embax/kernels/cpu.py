@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from embax.id_batch import StackIds
 from embax.kernels import calls, native, reference
-from embax.kernels.operands import DTYPES, levels_of, of_one_dtype
+from embax.kernels.operands import DTYPES, levels_of, of_one_dtype, state_after
 from embax.optimizers.base import Optimizer, map_slots
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
@@ -155,10 +155,5 @@ def _occurrences(ids: StackIds) -> calls.Occurrences:
 
 
 def _stepped(optimizer, state, found, token, gradients, hyper) -> TableState:
-    parts, touched = (state.table, *state.slots), state.touched
-    if touched is not None:
-        parts = (*parts, touched.rows)
-    table, *rest = calls.update(optimizer.kernel_name(), parts, found, token, gradients, hyper)
-    remaining = iter(rest)
-    slots = map_slots(lambda _: next(remaining), state.slots)
-    return TableState(table, slots, None if touched is None else touched._replace(rows=next(remaining)))
+    kernel = optimizer.kernel_name()
+    return state_after(lambda parts: calls.update(kernel, parts, found, token, gradients, hyper), state)

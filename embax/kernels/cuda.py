@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from embax.id_batch import StackIds
 from embax.kernels import cuda_calls, cuda_library, cuda_trial, reference
 from embax.kernels.calls import Occurrences
-from embax.kernels.operands import DTYPES, levels_of, of_one_dtype
-from embax.optimizers.base import Optimizer, map_slots
+from embax.kernels.operands import DTYPES, levels_of, of_one_dtype, state_after
+from embax.optimizers.base import Optimizer
 from embax.planning import StackPlan
 from embax.row_gradients import RowGradients
 from embax.table_state import TableState
@@ -250,14 +250,10 @@ def _samples_programs(ids: StackIds) -> str:
 
 
 def _stepped(optimizer, state, entries, token, gradients, hyper, apart=False) -> TableState:
-    parts, touched = (state.table, *state.slots), state.touched
-    if touched is not None:
-        parts = (*parts, touched.rows)
     kernel = str(optimizer.kernel_name())
-    table, *rest = cuda_calls.update(kernel, parts, entries, token, gradients, hyper, apart=apart)
-    remaining = iter(rest)
-    slots = map_slots(lambda _: next(remaining), state.slots)
-    return TableState(table, slots, None if touched is None else touched._replace(rows=next(remaining)))
+    return state_after(
+        lambda parts: cuda_calls.update(kernel, parts, entries, token, gradients, hyper, apart=apart), state
+    )
 
 
 def _blocks(gradients: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

@@ -1,13 +1,15 @@
-"""What the calls of all native kernels share: dtypes that kernels read, scalars as vectors, one call of the FFI."""
+"""What the calls of all native kernels share: dtypes, scalars as vectors, a state as arrays, one call of the FFI."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from embax.optimizers.base import map_slots
 from embax.planning import StackPlan
 from embax.sorted_rows import varying_axes, varying_with
+from embax.table_state import TableState
 
 DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 """The dtypes of tables and gradients that kernels read, in the order of Dtype in csrc/kernels.h."""
@@ -46,6 +48,17 @@ def hyper_vectors(hyper: Any) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
     common = jnp.stack([modifiers.row_clip_norm, modifiers.l2_weight_decay, modifiers.decay])
     stochastic = modifiers.rounding_seed is not None
     return numbers, common, modifiers.rounding_seed if stochastic else jnp.uint32(0), stochastic
+
+
+def state_after(step: Callable[[tuple[jax.Array, ...]], Sequence[jax.Array]], state: TableState) -> TableState:
+    """Returns the state whose arrays ``step`` makes of those of ``state``: table, slots, marks of touched rows."""
+    parts, touched = (state.table, *state.slots), state.touched
+    if touched is not None:
+        parts = (*parts, touched.rows)
+    table, *rest = step(parts)
+    remaining = iter(rest)
+    slots = map_slots(lambda _: next(remaining), state.slots)
+    return TableState(table, slots, None if touched is None else touched._replace(rows=next(remaining)))
 
 
 def call_ffi(

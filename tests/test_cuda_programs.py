@@ -230,6 +230,14 @@ def test_other_accelerators_are_left_alone(platform, monkeypatch, capfd):
     assert cuda.unavailable() == f"the default JAX backend is {platform}" and capfd.readouterr().err == ""
 
 
+def test_the_cards_are_those_that_jax_uses(monkeypatch):
+    """Another card of the machine is not asked for its kernels."""
+    cards = [type("Card", (), {"platform": kind, "compute_capability": capability})
+             for kind, capability in (("gpu", "9.0"), ("gpu", "12.0"), ("gpu", "9.0"), ("cpu", None))]  # fmt: skip
+    monkeypatch.setattr(jax, "local_devices", lambda: cards)
+    assert cuda_library._of_jax("CUDA") == (90, 120) and cuda_library._of_jax("cpu") == ()
+
+
 def test_what_was_prepared_is_all_that_is_launched(fresh):
     """Nothing is left to be compiled when a program runs: Python asks for the kernels that the bindings launch."""
     assert cuda.unavailable() is None

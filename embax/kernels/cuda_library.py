@@ -153,8 +153,7 @@ def _register(library: Any, platform: str) -> None:
             jax.ffi.register_ffi_target(target, capsule, platform=platform)
 
 
-# ---- compiling
-# -------------------------------------------------------------------------------------------------------
+# ---- compiling -------------------------------------------------------------------------------------------------------
 
 
 class _Compiled:

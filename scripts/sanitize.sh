@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the kernels' tests (csrc/test) under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer,
-# in every copy that this processor runs; under the first two those of the CUDA kernels on the host, too. CXX names the compiler; clang builds this several times faster than GCC.
+# in every copy that this processor runs; under the first two those of the CUDA kernels on the host, too. CXX names
+# the compiler; clang builds this several times faster than GCC.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 CXX=${CXX:-$(command -v clang++ || command -v c++)}
